@@ -1,0 +1,94 @@
+"""Metric and Measurement: size, latency and accuracy are the same kind of thing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from tersor.core.runtime import Arrays, Runner, Target
+
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One measured figure, and how it was measured."""
+
+    metric: str
+    """Name of a file in `metrics/`."""
+    value: float
+    """The figure, in `unit`."""
+    unit: str
+    """ "ms", "B", "%", "1/s", "1"."""
+    better: Better
+    """Which direction is an improvement."""
+    spread: tuple[float, float] | None = None
+    """The 95 % confidence interval of `value`."""
+    conditions: Mapping[str, str | int | float] = field(default_factory=dict)
+    """batch, threads, precision, split ..."""
+    count: int = 1
+    """Runs or samples behind the value."""
+    how: str = ""
+    """For a reader: "median of 200 runs after 20, batch 1, 1 thread"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a metric looks at; what does not apply is None."""
+
+    target: Target
+    """Where it runs."""
+    net: Any = None
+    """The network in memory: nn.Module, ExportedProgram or onnx.ModelProto."""
+    files: Sequence[Path] | None = None
+    """All files the runtime needs, the first one to be loaded."""
+    runner: Runner | None = None
+    """The loaded network."""
+    inputs: Sequence[Arrays] | None = None
+    """At least 16 distinct input batches of the batch size asked for, for timing."""
+    outputs: np.ndarray | None = None
+    """First output over a whole split, samples first."""
+    labels: np.ndarray | None = None
+    """Labels of that split."""
+    reference: np.ndarray | None = None
+    """First output of the original network over that split."""
+    split: str = ""
+    """Name of the split behind outputs and labels."""
+    quality: Callable[[Any, Any], float] | None = None
+    """The user's own metric: (outputs, labels) of a whole split -> number."""
+    conditions: Mapping[str, str | int | float] = field(default_factory=dict)
+    """batch and threads, as they go into the measurement."""
+
+
+Measure = Callable[[Subject], Measurement]
+M = TypeVar("M", bound=Measure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What is known of a file in `metrics/`."""
+
+    name: str
+    unit: str
+    better: Better
+    needs: tuple[str, ...]
+    summary: str
+    measure: Measure
+
+
+def metric(*, unit: str, better: Better, needs: tuple[str, ...] = ()) -> Callable[[M], M]:
+    """Mark a function as the metric of its file.
+
+    Args:
+        unit: Unit of the value.
+        better: Which direction is an improvement.
+        needs: Fields of Subject that must not be None.
+    """
+
+    def mark(measure: M) -> M:
+        measure.__metric__ = {"unit": unit, "better": better, "needs": needs}  # type: ignore[attr-defined]  # read back by plugins.metric
+        return measure
+
+    return mark

@@ -1,0 +1,196 @@
+"""Find techniques, runtimes, metrics, sources and data sets by file name, or by entry point.
+
+In a plugin folder every file without a leading underscore is one plugin and its name is the
+registration. Outside the package an entry point in the group `tersor.techniques` (`runtimes`,
+`metrics`, `sources`, `datasets`) whose name is the plugin's and whose value is its module does the
+same. Names of the package win. Listing imports nothing.
+"""
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from tersor.core.errors import DependencyError, RecipeError, TersorError, suggest
+from tersor.core.metric import Metric
+from tersor.core.model import Source
+from tersor.core.runtime import Form, Runtime
+from tersor.core.technique import Technique
+
+FAMILIES = (
+    "pruning",
+    "quantization",
+    "distillation",
+    "decomposition",
+    "weight_sharing",
+    "fusion",
+    "adaptive",
+    "distributed",
+)
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "techniques": FAMILIES,
+    "runtimes": ("runtimes",),
+    "metrics": ("metrics",),
+    "sources": ("sources",),
+    "datasets": ("datasets",),
+}
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def names(kind: str) -> dict[str, str]:
+    """Map the name of each plugin of a kind to its module's dotted name, in alphabetical order."""
+    found = {p.name: p.value for p in entry_points(group=f"tersor.{kind}")}
+    for folder in KINDS[kind]:
+        for file in (_ROOT / folder).glob("[!_]*.py"):
+            found[file.stem] = f"tersor.{folder}.{file.stem}"
+    return dict(sorted(found.items()))
+
+
+def module(kind: str, name: str) -> ModuleType:
+    """Import a plugin's file.
+
+    Raises:
+        RecipeError: there is no plugin of that name; the nearest one is suggested.
+        DependencyError: the file imports a package that is missing.
+    """
+    known = names(kind)
+    if name not in known:
+        raise RecipeError(
+            f"unknown {kind[:-1]} {name!r}.{suggest(name, known)} `tersor list {kind}` shows all"
+        )
+    try:
+        return importlib.import_module(known[name])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "tersor":
+            raise
+        raise missing(kind, name, error.name) from error
+
+
+def missing(kind: str, name: str, package: str) -> DependencyError:
+    """Build the error that says which package to install for a plugin."""
+    package = package.partition(".")[0]
+    extra = name if kind == "runtimes" and package != "torch" else "torch"
+    return DependencyError(
+        f"{kind[:-1]} {name!r} needs the package {package!r}. "
+        f"Install it with: pip install 'tersor[{extra}]'"
+    )
+
+
+@cache
+def technique(name: str) -> Technique:
+    """Load a technique.
+
+    Raises:
+        RecipeError: unknown name. DependencyError: its package is missing.
+    """
+    loaded = module("techniques", name)
+    apply = getattr(loaded, name, None)
+    if apply is None or not hasattr(apply, "__technique__"):
+        raise TersorError(f"{loaded.__name__} has no function {name!r} marked with @technique")
+    hints = list(get_type_hints(apply).values())
+    return Technique(
+        name=name,
+        family=loaded.__name__.split(".")[-2] if "." in loaded.__name__ else "techniques",
+        form=_form(hints[0]),
+        config=hints[1],
+        summary=(loaded.__doc__ or "").strip().partition("\n")[0],
+        apply=apply,
+        **apply.__technique__,
+    )
+
+
+def technique_of(config: Any) -> Technique:
+    """Find the technique that a config belongs to, by the config's module.
+
+    Raises:
+        RecipeError: the object is no technique's config.
+    """
+    where = type(config).__module__
+    for name, dotted in names("techniques").items():
+        if dotted == where and technique(name).config is type(config):
+            return technique(name)
+    raise RecipeError(f"{type(config).__name__} is not the config of a technique")
+
+
+@cache
+def runtime(name: str) -> Runtime:
+    """Load a runtime's description; its packages are not imported."""
+    found = module("runtimes", name).RUNTIME
+    assert isinstance(found, Runtime)
+    return found
+
+
+@cache
+def metric(name: str) -> Metric:
+    """Load a metric."""
+    loaded = module("metrics", name)
+    measure = getattr(loaded, name)
+    return Metric(
+        name=name,
+        summary=(loaded.__doc__ or "").strip().partition("\n")[0],
+        measure=measure,
+        **measure.__metric__,
+    )
+
+
+@cache
+def source(name: str) -> Source:
+    """Load a source."""
+    found = module("sources", name).SOURCE
+    assert isinstance(found, Source)
+    return found
+
+
+def require(kind: str, name: str, packages: tuple[str, ...]) -> None:
+    """Refuse, with the line that installs it, when a package is missing.
+
+    Raises:
+        DependencyError: one of `packages` (import names) is not installed.
+    """
+    for package in packages:
+        if not installed(package):
+            raise missing(kind, name, package)
+
+
+def installed(package: str) -> bool:
+    """Tell whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package.partition(".")[0]) is not None
+
+
+def catalog() -> dict[str, tuple[dict[str, Any], ...]]:
+    """List what exists, by kind: name, module and first line of its description; imports nothing."""
+    return {
+        kind: tuple(
+            {"name": name, "module": dotted, "summary": _summary(dotted), "family": _family(dotted)}
+            for name, dotted in names(kind).items()
+        )
+        for kind in KINDS
+    }
+
+
+def _family(dotted: str) -> str:
+    return dotted.split(".")[-2] if dotted.count(".") else ""
+
+
+def _summary(dotted: str) -> str:
+    """Read the first line of a module's docstring without running it."""
+    if dotted.startswith("tersor."):
+        file: Path | None = _ROOT.joinpath(*dotted.split(".")[1:]).with_suffix(".py")
+    else:
+        spec = importlib.util.find_spec(dotted)
+        file = Path(spec.origin) if spec and spec.origin else None
+    if file is None or not file.exists():
+        return ""
+    doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return doc.partition("\n")[0]
+
+
+def _form(hint: Any) -> Form:
+    """Read a technique's form off the type of its first parameter."""
+    forms: dict[str, Form] = {"Module": "module", "GraphModule": "module", "ExportedProgram": "exported", "ModelProto": "onnx"}
+    return forms[hint.__name__]

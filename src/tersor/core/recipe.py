@@ -1,0 +1,310 @@
+"""Recipe and Stage: YAML and Python are the same thing.
+
+    steps:
+      - [drop_layers: {latency: 0.5}, distill_logits: {epochs: 3}]     # one stage: cut and recover
+      - fuse_batch_norm
+      - static: {calibrator: entropy}
+    target: onnxruntime:cpu
+    goal: {best: latency, limits: {accuracy: -1pt}}
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tersor.core import plugins
+from tersor.core.errors import RecipeError, suggest
+from tersor.core.goal import Goal
+from tersor.core.runtime import Target
+from tersor.core.schema import Mistakes, changed, from_plain
+
+Stage = tuple[Any, ...]
+"""Configs judged together, e.g. (Channels(...), DistillLogits(...))."""
+FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+_LARGEST = 1_000_000
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to do. Model and data are not in it; they are arguments."""
+
+    stages: tuple[Stage, ...]
+    """In order; a single step is a stage of one."""
+    target: Target
+    """Where the result runs."""
+    goal: Goal | None = None
+    """Without a goal every stage is applied as written."""
+
+    @staticmethod
+    def load(path: str | Path) -> "Recipe":
+        """Read a recipe file, or a recipe of the package by its name.
+
+        Raises:
+            RecipeError: unreadable; `mistakes` lists every mistake with file, line and nearest name.
+        """
+        file = find(path)
+        raw, places = read_yaml(file)
+        return _build(raw, file.name, places)
+
+    @staticmethod
+    def parse(raw: Mapping[str, Any], where: str = "recipe") -> "Recipe":
+        """Build a recipe from plain data.
+
+        Raises:
+            RecipeError: with all mistakes; `where` is named in each.
+        """
+        return _build(raw, where, {})
+
+    def plain(self) -> dict[str, Any]:
+        """Return the recipe as plain data, which `parse` reads back to an equal recipe."""
+        target: Any = str(self.target)
+        if self.target.options:
+            target = {
+                "runtime": self.target.runtime,
+                "device": self.target.device,
+                "options": dict(self.target.options),
+            }
+        plain: dict[str, Any] = {
+            "steps": [
+                _plain_step(stage[0]) if len(stage) == 1 else [_plain_step(c) for c in stage]
+                for stage in self.stages
+            ],
+            "target": target,
+        }
+        if self.goal is not None:
+            plain["goal"] = {"best": self.goal.best, "limits": dict(self.goal.limits)}
+        return plain
+
+
+def find(path: str | Path) -> Path:
+    """Return the file of a recipe given by path or by name.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    file = Path(path)
+    if file.suffix in (".yaml", ".yml") or file.is_file():
+        if not file.is_file():
+            raise RecipeError(f"recipe file {str(path)!r} does not exist")
+        return file
+    known = recipes()
+    if str(path) not in known:
+        raise RecipeError(
+            f"unknown recipe {str(path)!r}.{suggest(str(path), known)} "
+            "Give a .yaml file or a name that `tersor list recipes` shows"
+        )
+    return FOLDER / f"{path}.yaml"
+
+
+def recipes() -> list[str]:
+    """List the names of the package's recipes."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def step_name(config: Any) -> str:
+    """Return the name of the technique that a config belongs to."""
+    return plugins.technique_of(config).name
+
+
+def stage_name(stage: Stage) -> str:
+    """Return a stage's name: its techniques joined by " + "."""
+    return " + ".join(step_name(config) for config in stage)
+
+
+def _plain_step(config: Any) -> Any:
+    fields = changed(config)
+    return {step_name(config): fields} if fields else step_name(config)
+
+
+Places = Mapping[tuple[Any, ...], tuple[int, int]]
+
+
+def _build(raw: Any, where: str, places: Places) -> Recipe:
+    mistakes = Mistakes()
+    recipe = _read(raw, mistakes)
+    if mistakes.found:
+        raise RecipeError(*(_located(where, path, text, places) for path, text in mistakes.found))
+    assert recipe is not None
+    return recipe
+
+
+def _located(where: str, path: tuple[Any, ...], text: str, places: Places) -> str:
+    """Say where a mistake is: "file.yaml:3:5: step 2 (static): bits: ..."."""
+    near = path
+    while near and near not in places:
+        near = near[:-1]
+    at = ":{}:{}".format(*places[near]) if near in places else ""
+    words = []
+    rest = list(path)
+    if rest[:1] == ["steps"] and len(rest) > 1:
+        words.append(f"step {rest[1] + 1}")
+        rest = rest[2:]
+        names = [str(part) for part in rest if not isinstance(part, int)]
+        if names:
+            words[0] += f" ({names[0]})"
+            words += names[1:]
+    else:
+        words += [str(part) for part in rest]
+    if words and text.startswith("unknown field"):
+        words = words[:-1]
+    return f"{where}{at}: " + "".join(f"{word}: " for word in words) + text
+
+
+def _read(raw: Any, mistakes: Mistakes) -> Recipe | None:
+    if not isinstance(raw, Mapping):
+        mistakes.add((), "a recipe has the keys steps, target and goal")
+        return None
+    for key in raw:
+        if key not in ("steps", "target", "goal"):
+            known = ("steps", "target", "goal")
+            mistakes.add((key,), f"unknown field {key!r}.{suggest(str(key), known)}")
+    steps = raw.get("steps")
+    stages: list[Stage] = []
+    if not isinstance(steps, (list, tuple)) or not steps:
+        mistakes.add(("steps",), "expected a list of steps")
+    else:
+        stages = [_stage(step, ("steps", i), mistakes) for i, step in enumerate(steps)]
+    target = _target(raw.get("target"), mistakes)
+    goal = None
+    if raw.get("goal") is not None:
+        goal = from_plain(Goal, raw["goal"], ("goal",), mistakes)
+        if goal is not None:
+            _known_metrics(goal, mistakes)
+    if mistakes.found:
+        return None
+    assert target is not None
+    return Recipe(stages=tuple(stages), target=target, goal=goal)
+
+
+def _stage(raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Stage:
+    if isinstance(raw, (list, tuple)):
+        if not raw:
+            mistakes.add(path, "a stage needs at least one step")
+        return tuple(_step(step, (*path, i), mistakes) for i, step in enumerate(raw))
+    return (_step(raw, path, mistakes),)
+
+
+def _step(raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Any:
+    if isinstance(raw, str):
+        name, fields = raw, {}
+    elif isinstance(raw, Mapping) and len(raw) == 1:
+        ((name, fields),) = raw.items()
+        fields = {} if fields is None else fields
+    else:
+        mistakes.add(path, "a step is a name, or one name with its settings: `static: {bits: 8}`")
+        return None
+    try:
+        found = plugins.technique(str(name))
+    except RecipeError as error:
+        mistakes.add(path, str(error))
+        return None
+    return from_plain(found.config, fields, (*path, name), mistakes)
+
+
+def _target(raw: Any, mistakes: Mistakes) -> Target | None:
+    if raw is None:
+        mistakes.add(("target",), "expected a target such as onnxruntime:cpu")
+        return None
+    target: Target | None = None
+    if isinstance(raw, str):
+        try:
+            target = Target.parse(raw)
+        except ValueError as error:
+            mistakes.add(("target",), str(error))
+    else:
+        target = from_plain(Target, raw, ("target",), mistakes)
+    if target is not None:
+        try:
+            check_target(target)
+        except RecipeError as error:
+            mistakes.add(("target",), str(error))
+    return target
+
+
+def check_target(target: Target) -> None:
+    """Refuse a target whose runtime, device or options do not exist.
+
+    Raises:
+        RecipeError: with the nearest name.
+    """
+    known = plugins.runtime(target.runtime)
+    if target.device not in known.devices:
+        near = suggest(target.device, known.devices) or f" It has: {', '.join(known.devices)}"
+        raise RecipeError(f"runtime {target.runtime!r} has no device {target.device!r}.{near}")
+    for name in target.options:
+        if name not in known.options:
+            near = suggest(name, known.options) or f" It has: {', '.join(known.options)}"
+            raise RecipeError(f"runtime {target.runtime!r} has no option {name!r}.{near}")
+    threads = target.options.get("threads", 0)
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
+        raise RecipeError(f"threads must be a whole number, 0 for all cores; got {threads!r}")
+
+
+def _known_metrics(goal: Goal, mistakes: Mistakes) -> None:
+    known = plugins.names("metrics")
+    for place, name in [("best", goal.best), *(("limits", name) for name in goal.limits)]:
+        if name not in known:
+            mistakes.add(("goal", place), f"unknown metric {name!r}.{suggest(name, known)}")
+
+
+def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
+    """Read a YAML file as plain data, with the line and column of each value.
+
+    Only plain scalars, lists and mappings: no tags, anchors, aliases or repeated keys.
+
+    Raises:
+        RecipeError: with file, line and column.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file.name}: cannot be read: {error}") from error
+    if len(text) > _LARGEST:
+        raise RecipeError(f"{file.name}: {len(text)} characters is too long for a recipe")
+    loader = yaml.SafeLoader(text)
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                line, column = event.start_mark.line + 1, event.start_mark.column + 1
+                raise RecipeError(f"{file.name}:{line}:{column}: anchors and aliases are not allowed")
+        node = loader.get_single_node()
+        places: dict[tuple[Any, ...], tuple[int, int]] = {}
+        return (None if node is None else _plain(loader, node, (), places, file.name)), places
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{file.name}{at}: {problem}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{file.name}: nested too deeply") from error
+
+
+def _plain(
+    loader: yaml.SafeLoader, node: Any, path: tuple[Any, ...], places: dict[tuple[Any, ...], tuple[int, int]], name: str
+) -> Any:
+    places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
+    at = f"{name}:{places[path][0]}:{places[path][1]}"
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(loader, item, (*path, i), places, name) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        plain: dict[str, Any] = {}
+        for key, item in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{at}: a key must be a plain word")
+            if key.value in plain:
+                line, column = key.start_mark.line + 1, key.start_mark.column + 1
+                raise RecipeError(f"{name}:{line}:{column}: {key.value!r} is given twice")
+            plain[key.value] = _plain(loader, item, (*path, key.value), places, name)
+        return plain
+    if node.tag == "tag:yaml.org,2002:timestamp":
+        return node.value
+    if node.tag not in _TAGS:
+        raise RecipeError(f"{at}: the tag {node.tag!r} is not allowed")
+    try:
+        return loader.construct_object(node)
+    except (ValueError, yaml.YAMLError):
+        return node.value

@@ -1,0 +1,87 @@
+"""Report: what was measured before and after, and the verdict of every stage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tersor.core.metric import Measurement
+
+Verdict = Literal["applied", "kept", "weakened", "dropped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """One stage and what became of it."""
+
+    name: str
+    """Its techniques, joined by " + "."""
+    verdict: Verdict
+    """ "applied" without a goal."""
+    reason: str
+    """Why, with the numbers."""
+    measurements: tuple[Measurement, ...] = ()
+    """The network after this stage, on the split that decides."""
+    seconds: float = 0.0
+    """Wall time of the stage: applying, exporting, measuring."""
+    settings: tuple[Mapping[str, Any], ...] = ()
+    """The steps as they were applied, as in a recipe."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the techniques recorded, by technique."""
+    attempts: tuple[Mapping[str, Any], ...] = ()
+    """Every try before the last one: settings, measurements, reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Before / after of one metric, re-measured interleaved where it is a speed."""
+
+    metric: str
+    value: float
+    """How many times better `after` is; above 1 is an improvement."""
+    low: float
+    high: float
+    """The 95 % interval."""
+    verdict: str
+    """ "better", "worse" or "no difference"."""
+    how: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitReport:
+    """One limit of the goal, checked on the final split."""
+
+    metric: str
+    text: str
+    """As the user wrote it."""
+    bound: float
+    value: float
+    unit: str
+    holds: bool
+    interval: tuple[float, float] | None = None
+    """Paired 95 % interval of value (change against the original, for quality metrics)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything a run has to say."""
+
+    schema: int = 1
+    origin: str = ""
+    """Where the network came from."""
+    target: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved recipe, as plain data."""
+    before: tuple[Measurement, ...] = ()
+    """The untouched network, exported to the same target in fp32."""
+    after: tuple[Measurement, ...] = ()
+    stages: tuple[StageReport, ...] = ()
+    ratios: tuple[Ratio, ...] = ()
+    limits: tuple[LimitReport, ...] = ()
+    reached: bool = True
+    """Whether every limit holds at the end."""
+    warnings: tuple[str, ...] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Machine, library versions, threads, seed."""
+    seconds: float = 0.0
+    command: str = ""
+    """How to repeat the run."""

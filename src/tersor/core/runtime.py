@@ -1,0 +1,79 @@
+"""Runtime, Target, Runner: where a network runs.
+
+A runtime is one file with an `export`, a `load` and, as its last line, a `RUNTIME`. Its packages are
+imported inside those functions: exporting and running happen on different machines.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tersor.core.context import Context
+
+Arrays = Mapping[str, np.ndarray]
+Form = Literal["module", "exported", "onnx"]
+FORMS: tuple[Form, ...] = ("module", "exported", "onnx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What we compress for; written "onnxruntime:cpu"."""
+
+    runtime: str
+    """Name of a file in `runtimes/`."""
+    device: str = "cpu"
+    """A device of that runtime."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the runtime: `threads` (0: all usable cores), `precision` where it has one."""
+
+    @staticmethod
+    def parse(text: str) -> "Target":
+        """Read "RUNTIME" or "RUNTIME:DEVICE"."""
+        runtime, _, device = text.partition(":")
+        if not runtime or (":" in text and not device):
+            raise ValueError(f"target must be RUNTIME or RUNTIME:DEVICE, got {text!r}")
+        return Target(runtime=runtime, device=device or "cpu")
+
+    @property
+    def threads(self) -> int:
+        """Threads of one run; 0 means all usable cores."""
+        return int(self.options.get("threads", 0))
+
+    def __str__(self) -> str:
+        return f"{self.runtime}:{self.device}"
+
+
+class Runner(Protocol):
+    """A loaded network. Bind inputs once, then call as often as you like."""
+
+    def bind(self, inputs: Arrays) -> Callable[[], Arrays]:
+        """Copy `inputs` in; the returned call computes, and returns when its outputs are ready."""
+        ...
+
+    def close(self) -> None:
+        """Free what was loaded."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What a file in `runtimes/` offers."""
+
+    takes: Form
+    """The form of network that `export` is given."""
+    devices: tuple[str, ...]
+    """Device names of a target."""
+    export: Callable[[Any, Path, "Context"], Sequence[Path]]
+    """Write a network of form `takes` into a folder; returns the files, the first one to be loaded."""
+    load: Callable[[Path, Target], Runner]
+    """Load the first of those files."""
+    options: tuple[str, ...] = ("threads",)
+    """Names allowed in `Target.options`."""
+    to_export: tuple[str, ...] = ()
+    """Packages that `export` imports, by import name."""
+    to_run: tuple[str, ...] = ()
+    """Packages that `load` imports, by import name."""

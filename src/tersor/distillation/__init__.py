@@ -1,0 +1,1 @@
+"""Techniques that train: recovery and teaching; one file each."""

@@ -1,0 +1,1 @@
+"""Techniques that merge operators; one file each."""

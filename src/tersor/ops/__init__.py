@@ -1,0 +1,1 @@
+"""Pure tensor mathematics shared by techniques."""

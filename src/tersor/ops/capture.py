@@ -1,0 +1,281 @@
+"""Capture a network as a graph of calls that can still be trained.
+
+`torch.fx.symbolic_trace` loses networks that unpack shapes or test them. Here every proxy also
+carries the value of one example run, so shapes can be unpacked and tested, while they stay symbolic
+in the graph; only a test on the *content* of a tensor is refused, with its place in the source.
+"""
+
+import operator
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersor.core.errors import ModelError
+from tersor.core.model import Inputs
+
+
+def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """Return the network as a graph over its own submodules (shared, not copied).
+
+    Layers of `torch.nn` (and of tersor) stay calls of modules under their dotted names; everything
+    else becomes calls of functions. Each node's `meta["value"]` shape is kept in `meta["shape"]` and
+    its dtype in `meta["dtype"]` (of the example batch). A graph that was captured before is
+    returned as it is, with these notes refreshed.
+
+    Args:
+        net: The network, in eval mode.
+        inputs: How to call it.
+
+    Raises:
+        ModelError: forward fails, or decides by the content of a tensor; says where.
+    """
+    if isinstance(net, fx.GraphModule):
+        annotate(net, inputs)
+        return net
+    tracer = _Tracer(inputs.example)
+    try:
+        with torch.no_grad(), _symbolic_len(net):
+            graph = tracer.trace(net)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"forward of {type(net).__name__} cannot be captured{_place(error)}: "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    captured = fx.GraphModule(tracer.root, graph, type(net).__name__)
+    captured.graph.eliminate_dead_code()
+    captured.recompile()
+    captured.train(net.training)
+    _check_batch(net, captured, inputs)
+    return captured
+
+
+def _check_batch(net: nn.Module, captured: fx.GraphModule, inputs: Inputs) -> None:
+    """Refuse a graph that only works for the batch size it was captured with."""
+    if net.training or not any(0 in dims for dims in inputs.dynamic.values()):
+        return
+    one = {k: v[:1] if 0 in inputs.dynamic.get(k, {}) else v for k, v in inputs.example.items()}
+    try:
+        with torch.no_grad():
+            captured(**one)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"forward of {type(net).__name__} turns the batch size into a Python number, so its graph "
+            f"would be frozen to one batch size; use x.shape[0] or x.size(0) as it is ({error})"
+        ) from error
+
+
+@contextmanager
+def _symbolic_len(net: nn.Module) -> Iterator[None]:
+    """Let `len(x)` stay symbolic in the files that the network's own classes come from."""
+
+    def symbolic(x: Any) -> Any:
+        if isinstance(x, _Proxy) and isinstance(x.value, Tensor):
+            return x.size(0)
+        return len(x)
+
+    places = {type(m).__module__ for m in net.modules()}
+    opened = [sys.modules[p].__dict__ for p in places if not p.startswith("torch.") and p in sys.modules]
+    opened = [names for names in opened if "len" not in names]
+    for names in opened:
+        names["len"] = symbolic
+    try:
+        yield
+    finally:
+        for names in opened:
+            del names["len"]
+
+
+def annotate(captured: fx.GraphModule, inputs: Inputs) -> None:
+    """Write shape and dtype of the example run into each node's `meta`."""
+    _Annotate(captured).run_example(inputs.example)
+
+
+class _Annotate(fx.Interpreter):
+    def run_example(self, example: Mapping[str, Tensor]) -> None:
+        order = [str(n.target) for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]  # a GraphModule's graph
+        with torch.no_grad():
+            self.run(*(example.get(name) for name in order))
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        _note(n, value)
+        return value
+
+
+def _note(node: fx.Node, value: Any) -> None:
+    if isinstance(value, Tensor):
+        node.meta["shape"] = tuple(value.shape)
+        node.meta["dtype"] = value.dtype
+    else:
+        node.meta.pop("shape", None)
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that knows the value of the example run."""
+
+    value: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "value":
+            raise AttributeError(name)
+        return _Attribute(self, name)
+
+    def __bool__(self) -> bool:
+        return bool(_concrete(self, "a condition"))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self.value))])
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __index__(self) -> int:
+        return operator.index(_concrete(self, "a Python number"))
+
+    def __int__(self) -> int:
+        return int(_concrete(self, "a Python number"))
+
+    def __float__(self) -> float:
+        return float(_concrete(self, "a Python number"))
+
+    def __contains__(self, item: Any) -> bool:
+        return item in _concrete(self, "a membership test")
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _Attribute(_Proxy):
+    """`proxy.name`: a method to be called, or a value such as a shape."""
+
+    def __init__(self, root: _Proxy, name: str) -> None:
+        self.root = root
+        self.attr = name
+        self.tracer = root.tracer
+        self._node: fx.Node | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "value":
+            return getattr(self.root.value, self.attr)
+        return _Attribute(self, name)
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]  # made when first needed
+        if self._node is None:
+            made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+            self._node = made.node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+def _concrete(proxy: _Proxy, what: str) -> Any:
+    value = proxy.value
+    if isinstance(value, Tensor):
+        frames = [f for f in traceback.extract_stack() if not f.filename.startswith((torch.__path__[0], __file__))]
+        at = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+        raise ModelError(
+            f"the content of a tensor is used as {what}{at}; such a network cannot be captured. "
+            "Move that decision out of forward, or compute it with tensor operators (torch.where)"
+        )
+    return value
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, example: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.example = example
+        self.running = False
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        from_library = m.__module__.startswith(("torch.nn", "torch.ao.nn", "tersor."))
+        return from_library and not isinstance(m, _OPEN)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.running:  # tracing patches nn.Module.__call__ for the example run, too
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> _Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, range):
+            return range(*(int(x) for x in (a.start, a.stop, a.step)))
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        self.running = True
+        try:
+            proxy.value = self._run(kind, target, args, kwargs)
+        finally:
+            self.running = False
+        _note(proxy.node, proxy.value)
+        return proxy
+
+    def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            name = str(target).lstrip("*")
+            if name in self.example:
+                return self.example[name]
+            return args[0] if args else None
+        if kind == "output":
+            return None
+        args, kwargs = _values(args), _values(kwargs)
+        if kind == "get_attr":
+            found: Any = self.root
+            for part in str(target).split("."):
+                found = getattr(found, part)
+            return found
+        if kind == "call_module":
+            return self.root.get_submodule(target)(*args, **kwargs)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
+
+
+_OPEN = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+
+
+def _values(tree: Any) -> Any:
+    """Replace proxies by the values of the example run."""
+    if isinstance(tree, _Proxy):
+        return tree.value
+    if isinstance(tree, (tuple, list)):
+        made = [_values(item) for item in tree]
+        return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
+    if isinstance(tree, dict):
+        return {key: _values(item) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(_values(tree.start), _values(tree.stop), _values(tree.step))
+    return tree
+
+
+def _place(error: BaseException) -> str:
+    """Name the last line outside torch and tersor that an error came through."""
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(torch.__path__[0]) and f.filename != __file__
+    ]
+    return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""

@@ -1,0 +1,1 @@
+"""Techniques that remove weights, channels or layers; one file each."""

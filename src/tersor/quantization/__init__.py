@@ -1,0 +1,1 @@
+"""Techniques that change number formats; one file each."""
