@@ -9,7 +9,16 @@ from tersor.core.metric import Better
 
 _FACTORS = {
     "ms": {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3},
-    "B": {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "B": {
+        "B": 1,
+        "kB": 1e3,
+        "KB": 1e3,
+        "MB": 1e6,
+        "GB": 1e9,
+        "KiB": 2**10,
+        "MiB": 2**20,
+        "GiB": 2**30,
+    },
     "1/s": {"1/s": 1.0, "/s": 1.0},
     "J": {"J": 1.0, "mJ": 1e-3},
     "%": {},
@@ -22,9 +31,10 @@ _TEXT = re.compile(r"\s*([+-]?)\s*(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,3}))?\s*([
 class Limit:
     """A limit as read from its text.
 
-    "-1pt": at most one point below the original (metrics in percent). "-1%": at most 1 % of its value
-    worse ("+1%" is the same, for metrics where lower is better). "25%": at most a quarter of the
-    original where lower is better, at least that share where higher is. "3 ms", "2 MB", "90": the value.
+    "-1pt": at most one point below the original (metrics in percent). "-1%": at most 1 % of its
+    value worse ("+1%" is the same, for metrics where lower is better). "25%": at most a quarter of
+    the original where lower is better, at least that share where higher is. "3 ms", "2 MB", "90":
+    the value.
     """
 
     kind: Literal["points", "worse", "share", "value"]
@@ -52,7 +62,9 @@ class Limit:
         if unit == "%":
             return Limit(kind="worse" if sign else "share", amount=amount / 100)
         if sign:
-            raise ValueError(f"{text!r}: a signed limit is in pt or %; write -{digits}pt or -{digits}%")
+            raise ValueError(
+                f"{text!r}: a signed limit is in pt or %; write -{digits}pt or -{digits}%"
+            )
         return Limit(kind="value", amount=amount, unit=unit)
 
     def bound(self, original: float, unit: str, better: Better) -> float:

@@ -32,5 +32,7 @@ class Layers:
         """List the patterns that match none of `names`: most likely misspelt."""
         known = list(names)
         return tuple(
-            p for p in self.patterns if not any(fnmatch.fnmatchcase(n, p.lstrip("!")) for n in known)
+            p
+            for p in self.patterns
+            if not any(fnmatch.fnmatchcase(n, p.lstrip("!")) for n in known)
         )

@@ -163,7 +163,7 @@ def installed(package: str) -> bool:
 
 
 def catalog() -> dict[str, tuple[dict[str, Any], ...]]:
-    """List what exists, by kind: name, module and first line of its description; imports nothing."""
+    """List what exists, by kind: name, module, first line of its description; imports nothing."""
     return {
         kind: tuple(
             {"name": name, "module": dotted, "summary": _summary(dotted), "family": _family(dotted)}
@@ -192,5 +192,10 @@ def _summary(dotted: str) -> str:
 
 def _form(hint: Any) -> Form:
     """Read a technique's form off the type of its first parameter."""
-    forms: dict[str, Form] = {"Module": "module", "GraphModule": "module", "ExportedProgram": "exported", "ModelProto": "onnx"}
+    forms: dict[str, Form] = {
+        "Module": "module",
+        "GraphModule": "module",
+        "ExportedProgram": "exported",
+        "ModelProto": "onnx",
+    }
     return forms[hint.__name__]

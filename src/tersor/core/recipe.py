@@ -1,11 +1,11 @@
 """Recipe and Stage: YAML and Python are the same thing.
 
-    steps:
-      - [drop_layers: {latency: 0.5}, distill_logits: {epochs: 3}]     # one stage: cut and recover
-      - fuse_batch_norm
-      - static: {calibrator: entropy}
-    target: onnxruntime:cpu
-    goal: {best: latency, limits: {accuracy: -1pt}}
+steps:
+  - [drop_layers: {latency: 0.5}, distill_logits: {epochs: 3}]     # one stage: cut and recover
+  - fuse_batch_norm
+  - static: {calibrator: entropy}
+target: onnxruntime:cpu
+goal: {best: latency, limits: {accuracy: -1pt}}
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,9 @@ Stage = tuple[Any, ...]
 """Configs judged together, e.g. (Channels(...), DistillLogits(...))."""
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 _LARGEST = 1_000_000
-_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+_TAGS = {
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Recipe:
         """Read a recipe file, or a recipe of the package by its name.
 
         Raises:
-            RecipeError: unreadable; `mistakes` lists every mistake with file, line and nearest name.
+            RecipeError: `mistakes` lists every mistake with file, line and nearest name.
         """
         file = find(path)
         raw, places = read_yaml(file)
@@ -70,7 +72,7 @@ class Recipe:
             }
         plain: dict[str, Any] = {
             "steps": [
-                _plain_step(stage[0]) if len(stage) == 1 else [_plain_step(c) for c in stage]
+                plain_step(stage[0]) if len(stage) == 1 else [plain_step(c) for c in stage]
                 for stage in self.stages
             ],
             "target": target,
@@ -115,7 +117,8 @@ def stage_name(stage: Stage) -> str:
     return " + ".join(step_name(config) for config in stage)
 
 
-def _plain_step(config: Any) -> Any:
+def plain_step(config: Any) -> Any:
+    """Return a step as it stands in a recipe: its name, or name and settings."""
     fields = changed(config)
     return {step_name(config): fields} if fields else step_name(config)
 
@@ -270,7 +273,9 @@ def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 line, column = event.start_mark.line + 1, event.start_mark.column + 1
-                raise RecipeError(f"{file.name}:{line}:{column}: anchors and aliases are not allowed")
+                raise RecipeError(
+                    f"{file.name}:{line}:{column}: anchors and aliases are not allowed"
+                )
         node = loader.get_single_node()
         places: dict[tuple[Any, ...], tuple[int, int]] = {}
         return (None if node is None else _plain(loader, node, (), places, file.name)), places
@@ -284,7 +289,11 @@ def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
 
 
 def _plain(
-    loader: yaml.SafeLoader, node: Any, path: tuple[Any, ...], places: dict[tuple[Any, ...], tuple[int, int]], name: str
+    loader: yaml.SafeLoader,
+    node: Any,
+    path: tuple[Any, ...],
+    places: dict[tuple[Any, ...], tuple[int, int]],
+    name: str,
 ) -> Any:
     places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
     at = f"{name}:{places[path][0]}:{places[path][1]}"

@@ -1,7 +1,7 @@
 """Runtime, Target, Runner: where a network runs.
 
-A runtime is one file with an `export`, a `load` and, as its last line, a `RUNTIME`. Its packages are
-imported inside those functions: exporting and running happen on different machines.
+A runtime is one file with an `export`, a `load` and, as its last line, a `RUNTIME`. Its packages
+are imported inside those functions: exporting and running happen on different machines.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from tersor.core.context import Context
+    from tersor.core.model import Inputs
 
 Arrays = Mapping[str, np.ndarray]
 Form = Literal["module", "exported", "onnx"]
@@ -67,8 +67,8 @@ class Runtime:
     """The form of network that `export` is given."""
     devices: tuple[str, ...]
     """Device names of a target."""
-    export: Callable[[Any, Path, "Context"], Sequence[Path]]
-    """Write a network of form `takes` into a folder; returns the files, the first one to be loaded."""
+    export: Callable[[Any, Path, "Inputs"], Sequence[Path]]
+    """Write a network of form `takes` into a folder; return the files, the one to load first."""
     load: Callable[[Path, Target], Runner]
     """Load the first of those files."""
     options: tuple[str, ...] = ("threads",)

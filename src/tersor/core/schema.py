@@ -25,6 +25,7 @@ class Mistakes:
         self.found: list[tuple[tuple[Any, ...], str]] = []
 
     def add(self, path: tuple[Any, ...], text: str) -> None:
+        """Note a mistake."""
         self.found.append((path, text))
 
 
@@ -175,7 +176,13 @@ def describe(hint: Any) -> str:
         return f"list of {describe(arguments[0])}"
     if origin is not None:
         return "mapping"
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false", Layers: "list of layer patterns"}
+    names = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        Layers: "list of layer patterns",
+    }
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
@@ -230,5 +237,3 @@ def _kind(raw: Any) -> str:
     if isinstance(raw, list):
         return "a list"
     return "nothing" if raw is None else repr(raw)[:60]
-
-

@@ -23,8 +23,8 @@ def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """Return the network as a graph over its own submodules (shared, not copied).
 
     Layers of `torch.nn` (and of tersor) stay calls of modules under their dotted names; everything
-    else becomes calls of functions. Each node's `meta["value"]` shape is kept in `meta["shape"]` and
-    its dtype in `meta["dtype"]` (of the example batch). A graph that was captured before is
+    else becomes calls of functions. `meta["shape"]` and `meta["dtype"]` of each node are those of the
+    example batch. A graph that was captured before is
     returned as it is, with these notes refreshed.
 
     Args:
@@ -66,8 +66,8 @@ def _check_batch(net: nn.Module, captured: fx.GraphModule, inputs: Inputs) -> No
             captured(**one)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
-            f"forward of {type(net).__name__} turns the batch size into a Python number, so its graph "
-            f"would be frozen to one batch size; use x.shape[0] or x.size(0) as it is ({error})"
+            f"forward of {type(net).__name__} turns the batch size into a Python number, so its "
+            f"graph would be frozen to one batch size; use x.shape[0] or x.size(0) as it is ({error})"
         ) from error
 
 
@@ -81,7 +81,9 @@ def _symbolic_len(net: nn.Module) -> Iterator[None]:
         return len(x)
 
     places = {type(m).__module__ for m in net.modules()}
-    opened = [sys.modules[p].__dict__ for p in places if not p.startswith("torch.") and p in sys.modules]
+    opened = [
+        sys.modules[p].__dict__ for p in places if not p.startswith("torch.") and p in sys.modules
+    ]
     opened = [names for names in opened if "len" not in names]
     for names in opened:
         names["len"] = symbolic
@@ -99,7 +101,8 @@ def annotate(captured: fx.GraphModule, inputs: Inputs) -> None:
 
 class _Annotate(fx.Interpreter):
     def run_example(self, example: Mapping[str, Tensor]) -> None:
-        order = [str(n.target) for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]  # a GraphModule's graph
+        assert isinstance(self.module, fx.GraphModule)
+        order = [str(n.target) for n in self.module.graph.nodes if n.op == "placeholder"]
         with torch.no_grad():
             self.run(*(example.get(name) for name in order))
 
@@ -180,7 +183,11 @@ class _Attribute(_Proxy):
 def _concrete(proxy: _Proxy, what: str) -> Any:
     value = proxy.value
     if isinstance(value, Tensor):
-        frames = [f for f in traceback.extract_stack() if not f.filename.startswith((torch.__path__[0], __file__))]
+        frames = [
+            f
+            for f in traceback.extract_stack()
+            if not f.filename.startswith((torch.__path__[0], __file__))
+        ]
         at = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
         raise ModelError(
             f"the content of a tensor is used as {what}{at}; such a network cannot be captured. "
@@ -215,7 +222,9 @@ class _Tracer(fx.Tracer):
             return range(*(int(x) for x in (a.start, a.stop, a.step)))
         return super().create_arg(a)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
+    ) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         self.running = True
         try:

@@ -1,0 +1,345 @@
+"""Artifact: a directory with a network that runs without us, and the proof of what it is.
+
+    out/
+      manifest.json     schema version, recipe, origin, input signature, files with sha256, versions
+      model.onnx        what the runtime wrote
+      report.json       measurements before and after, and the verdict of every stage
+      report.md         the same, for people
+
+It is whole or absent: everything is written to OUT.tmp-... beside it, the manifest last, and then
+the two directories change names. A directory without a manifest that verifies is not an artifact.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tersor.core import files as disk
+from tersor.core import plugins
+from tersor.core.errors import ArtifactError, TargetError, suggest
+from tersor.core.files import lock as lock
+from tersor.core.files import why
+from tersor.core.manifest import MANIFEST, REPORT, check_names, check_sizes, make, read
+from tersor.core.report import Report
+from tersor.core.runtime import Runner, Target
+from tersor.core.schema import Mistakes, from_plain, to_plain
+
+_WAIT_S = 30.0
+_log = logging.getLogger("tersor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A compressed network in a directory, opened and checked."""
+
+    path: Path
+    """The directory."""
+    recipe: Mapping[str, Any]
+    """What was done, as plain data: opening needs no technique and no torch."""
+    target: Target
+    """Where it runs."""
+    files: Mapping[str, str]
+    """Names of all files but the manifest, with their sha256."""
+    report: Report
+    """What was measured."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """The whole manifest."""
+
+    @staticmethod
+    def open(path: str | Path, *, check: Literal["sizes", "hashes"] = "sizes") -> "Artifact":
+        """Open a directory that `write_artifact` made.
+
+        Args:
+            path: The directory.
+            check: "sizes" compares the sizes of all files, "hashes" their content too.
+
+        Raises:
+            ArtifactError: not an artifact, incomplete, altered, or written by a newer tersor.
+        """
+        folder = Path(path)
+        if not folder.exists():
+            _recover(folder)
+        manifest = read(folder)
+        check_sizes(folder, manifest)
+        report = _read_report(folder) if REPORT in manifest["files"] else Report()
+        opened = Artifact(
+            path=folder,
+            recipe=manifest["recipe"],
+            target=_read_target(folder, manifest),
+            files={name: entry["sha256"] for name, entry in manifest["files"].items()},
+            report=report,
+            manifest=manifest,
+        )
+        if check == "hashes":
+            opened.verify()
+        return opened
+
+    @property
+    def model_files(self) -> tuple[Path, ...]:
+        """Files that the runtime needs; the first one is the one it loads."""
+        return tuple(self.path / name for name in self.manifest["model"])
+
+    def verify(self, names: Sequence[str] | None = None) -> None:
+        """Compare the content of all files (or of `names`) with the manifest.
+
+        Raises:
+            ArtifactError: a file was altered or is gone.
+        """
+        for name in self.files if names is None else names:
+            try:
+                same = disk.sha256(self.path / name) == self.files[name]
+            except OSError as error:
+                raise ArtifactError(
+                    f"artifact {str(self.path)!r}: cannot read {name!r}: {why(error)}"
+                ) from error
+            if not same:
+                raise ArtifactError(
+                    f"artifact {str(self.path)!r}: {name!r} was altered (its sha256 is not the "
+                    "manifest's); run the compression again or restore the file"
+                )
+
+    def load(self, device: str | None = None, threads: int | None = None) -> Runner:
+        """Load the network; its files are hashed first.
+
+        Args:
+            device: Another device of the runtime.
+            threads: Another number of threads; 0 means all usable cores.
+
+        Raises:
+            ArtifactError: a file was altered. DependencyError: the runtime is not installed.
+            TargetError: the runtime cannot load it, or has no such device.
+        """
+        self.verify(self.manifest["model"])
+        target = self.target
+        if device is not None:
+            target = replace(target, device=device)
+        if threads is not None:
+            target = replace(target, options={**target.options, "threads": threads})
+        runtime = plugins.runtime(target.runtime)
+        if target.device not in runtime.devices:
+            raise TargetError(
+                f"runtime {target.runtime!r} has no device {target.device!r}."
+                f"{suggest(target.device, runtime.devices)} It has {', '.join(runtime.devices)}"
+            )
+        plugins.require("runtimes", target.runtime, runtime.to_run)
+        return runtime.load(self.model_files[0], target)
+
+    def describe(self) -> dict[str, Any]:
+        """Return as plain data what `tersor inspect` shows."""
+        known = ("tool", "origin", "inputs", "outputs", "seed", "environment")
+        sizes = {name: entry["bytes"] for name, entry in self.manifest["files"].items()}
+        return {
+            "path": str(self.path),
+            "schema": self.manifest["schema"],
+            "target": {
+                "runtime": self.target.runtime,
+                "device": self.target.device,
+                "options": dict(self.target.options),
+            },
+            "recipe": dict(self.recipe),
+            **{key: self.manifest[key] for key in known if key in self.manifest},
+            "model": list(self.manifest["model"]),
+            "model_bytes": sum(sizes[name] for name in self.manifest["model"]),
+            "files": [
+                {"name": name, "bytes": sizes[name], "sha256": digest}
+                for name, digest in self.files.items()
+            ],
+            "before": to_plain(self.report.before),
+            "after": to_plain(self.report.after),
+            "stages": [
+                {"name": s.name, "verdict": s.verdict, "reason": s.reason, "seconds": s.seconds}
+                for s in self.report.stages
+            ],
+            "reached": self.report.reached,
+            "warnings": list(self.report.warnings),
+        }
+
+
+def write_artifact(
+    out: Path,
+    *,
+    files: Sequence[Path],
+    manifest: Mapping[str, Any],
+    report: Report,
+    texts: Mapping[str, str] | None = None,
+) -> Artifact:
+    """Write an artifact: whole, or not at all.
+
+    An artifact that is there already is replaced as a whole. One of a process that died while
+    writing is cleared away.
+
+    Args:
+        out: The directory to make. Missing parents are made.
+        files: What the runtime needs, the first one to be loaded. Copied.
+        manifest: "recipe" and "target" (a Target), and whatever else is to be kept: "origin",
+            "inputs", "outputs", "seed", "environment".
+        report: Becomes report.json.
+        texts: Further reports, by file name.
+
+    Raises:
+        ArtifactError: `out` is something else, another process writes it, or the disk refuses; what
+            was there before is untouched.
+    """
+    out = _resolve(out)
+    plain = make(manifest, files)
+    written = {**(texts or {}), REPORT: _json(to_plain(report))}
+    check_names([f.name for f in files], list(written))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with lock(out, wait_s=_WAIT_S):
+            check_out(out)
+            _clear(out)
+            _write_beside(out, files, written, plain)
+    except OSError as error:
+        raise _disk_error(out, error) from error
+    return Artifact.open(out)
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output that is there and is not an artifact, or cannot be written.
+
+    Raises:
+        ArtifactError: saying what is there.
+    """
+    out = _resolve(out)
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"output {str(out)!r} is a file; choose another name")
+    if not out.exists():
+        above = next(parent for parent in out.parents if parent.exists())
+        if not above.is_dir():
+            raise ArtifactError(f"output {str(out)!r} cannot be made: {str(above)!r} is a file")
+        return
+    present = {entry.name for entry in out.iterdir()}
+    if not present:
+        return
+    try:
+        known = {*read(out)["files"], MANIFEST}
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"output {str(out)!r} exists and is not an artifact ({len(present)} entries, "
+            f"such as {min(present)!r}); choose another name or remove it"
+        ) from error
+    if present - known:
+        raise ArtifactError(
+            f"output {str(out)!r} is an artifact, but {min(present - known)!r} in it is not part "
+            "of it and would be lost; move it away or choose another name"
+        )
+
+
+def _write_beside(
+    out: Path, files: Sequence[Path], texts: Mapping[str, str], manifest: dict[str, Any]
+) -> None:
+    """Write everything to OUT.tmp-..., then let the two change names."""
+    beside = disk.beside_name(out, "tmp")
+    try:
+        disk.make_dir(beside)
+        for file in files:
+            digest, size = disk.copy_file(file, beside / file.name)
+            manifest["files"][file.name] = {"sha256": digest, "bytes": size}
+        for name, text in texts.items():
+            data = text.encode("utf-8")
+            manifest["files"][name] = {
+                "sha256": disk.write_file(beside / name, data),
+                "bytes": len(data),
+            }
+        disk.write_file(beside / MANIFEST, _json(manifest).encode("utf-8"))
+        disk.sync_dir(beside)
+        if not out.exists():
+            disk.rename(beside, out)
+        elif not disk.exchange(beside, out):
+            old = disk.beside_name(out, "old")
+            disk.rename(out, old)
+            try:
+                disk.rename(beside, out)
+            except BaseException:
+                disk.rename(old, out)
+                raise
+            beside = old
+    except BaseException:
+        _discard(beside)
+        raise
+    try:
+        disk.sync_dir(out.parent)
+    except OSError as error:
+        _log.warning("%s is written, but may not survive a power cut: %s", out, why(error))
+    _discard(beside)
+
+
+def _discard(path: Path) -> None:
+    """Remove a directory of ours; what cannot be removed now is cleared by the next writer."""
+    if path.exists():
+        try:
+            disk.remove_tree(path)
+        except OSError as error:
+            _log.warning("%s could not be removed: %s", path, error)
+
+
+def _clear(out: Path) -> None:
+    """Under the lock: put back an artifact that was moved aside, remove what dead writers left."""
+    for old in disk.left_beside(out, "old"):
+        if not out.exists() and (old / MANIFEST).exists():
+            disk.rename(old, out)
+            disk.sync_dir(out.parent)
+    for stale in (*disk.left_beside(out, "tmp"), *disk.left_beside(out, "old")):
+        _discard(stale)
+
+
+def _recover(folder: Path) -> None:
+    """Bring back an artifact whose writer died between two renames."""
+    with contextlib.suppress(OSError):
+        folder = folder.resolve()
+        if disk.left_beside(folder, "old"):
+            with lock(folder, wait_s=_WAIT_S):
+                _clear(folder)
+
+
+def _read_report(folder: Path) -> Report:
+    mistakes = Mistakes()
+    try:
+        raw = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ArtifactError(f"artifact {str(folder)!r}: {REPORT} is damaged: {error}") from error
+    report = from_plain(Report, raw, (), mistakes)
+    if report is None:
+        path, text = mistakes.found[0]
+        raise ArtifactError(
+            f"artifact {str(folder)!r}: {REPORT}: {'.'.join(map(str, path))}: {text}"
+        )
+    return report
+
+
+def _read_target(folder: Path, manifest: Mapping[str, Any]) -> Target:
+    mistakes = Mistakes()
+    target = from_plain(Target, manifest["target"], ("target",), mistakes)
+    if target is None:
+        path, text = mistakes.found[0]
+        raise ArtifactError(
+            f"artifact {str(folder)!r}: {MANIFEST}: {'.'.join(map(str, path))}: {text}"
+        )
+    return target
+
+
+def _resolve(out: Path) -> Path:
+    """Follow a link to the directory itself, so that the link stays."""
+    resolved = Path(out).resolve()
+    if not resolved.name:
+        raise ArtifactError(f"{str(out)!r} cannot be an output directory")
+    return resolved
+
+
+def _disk_error(out: Path, error: OSError) -> ArtifactError:
+    made = ArtifactError(
+        f"cannot write {str(out)!r}: {why(error)}; what was there before is untouched"
+        + (". Free some space or choose another output" if error.errno == errno.ENOSPC else "")
+    )
+    made.exit_code = 2 if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else 4
+    return made
+
+
+def _json(raw: Any) -> str:
+    return json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,341 @@
+"""A report as one offline HTML page: English and Chinese, light and dark, nothing loaded."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tersor.core.metric import Measurement
+from tersor.core.report import Report, StageReport
+from tersor.core.report_picture import corner, draw, x_metric
+from tersor.core.report_text import recipe_text
+from tersor.core.report_view import (
+    change,
+    figure,
+    find,
+    flat,
+    headline,
+    limited,
+    pairs,
+    quality_metric,
+)
+from tersor.core.report_words import (
+    LANGUAGES,
+    Language,
+    human,
+    human_seconds,
+    metric_word,
+    say,
+)
+from tersor.core.schema import to_plain
+
+_ICONS = {
+    "kept": '<path d="M2 8.5 6.2 13 14 3.5" fill="none" stroke="currentColor" stroke-width="2.4"/>',
+    "weakened": '<circle cx="8" cy="8" r="6" fill="none" stroke="currentColor" stroke-width="2"/>'
+    '<path d="M8 2a6 6 0 0 1 0 12z" fill="currentColor"/>',
+    "dropped": '<path d="M3 3l10 10M13 3 3 13" stroke="currentColor" stroke-width="2.4"/>',
+    "applied": '<circle cx="8" cy="8" r="4.5" fill="currentColor"/>',
+    "original": '<circle cx="8" cy="8" r="5" fill="none" stroke="currentColor" stroke-width="2"/>',
+}
+_HATCH = (
+    '<svg width="0" height="0" aria-hidden="true" focusable="false"><defs>'
+    '<pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" '
+    'patternTransform="rotate(45)"><rect class="hatch-back" width="6" height="6"/>'
+    '<line class="hatch-line" x1="1.5" x2="1.5" y1="0" y2="6"/>'
+    "</pattern></defs></svg>"
+)
+
+
+def to_html(report: Report) -> str:
+    """Draw a report as one page that needs no network and no other file.
+
+    Returns:
+        HTML; every text of the report is escaped, and the page's policy forbids loading anything.
+    """
+    style, script = _beside("report_page.css"), _beside("report_page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    titles = {lang: f"tersor: {headline(report, lang)}" for lang in LANGUAGES}
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return "\n".join([
+        "<!doctype html>",
+        f'<html lang="en" data-lang="en" data-title-en="{escape(titles["en"])}"',
+        f' data-title-zh="{escape(titles["zh"])}"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        f"<title>{escape(titles['en'])}</title>",
+        f"<style>{style}</style></head>",
+        f"<body>{_HATCH}",
+        *_top(report),
+        "<main>",
+        *_before_after(report),
+        *_stages(report),
+        *_picture(report),
+        *_limits(report),
+        *_warnings(report),
+        *_environment(report),
+        *_reproduce(report),
+        "</main>",
+        f"<footer>tersor, report schema {report.schema}</footer>",
+        f"<script>{script}</script></body></html>",
+    ]) + "\n"  # fmt: skip
+
+
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _both(en: str, zh: str) -> str:
+    """Put a text into both languages; one of them is shown."""
+    if en == zh:
+        return escape(en)
+    chinese = f'<span class="zh" lang="zh-CN">{escape(zh)}</span>'
+    return f'<span class="en" lang="en">{escape(en)}</span>{chinese}'
+
+
+def _say(key: str, **values: Any) -> str:
+    return _both(say(key, "en", **values), say(key, "zh", **values))
+
+
+def _metric(name: str) -> str:
+    return _both(metric_word(name, "en"), metric_word(name, "zh"))
+
+
+def _heading(key: str) -> str:
+    return f'<h2 id="{key}">{_say(key)}</h2>'
+
+
+def _top(report: Report) -> list[str]:
+    reached = "reached" if report.limits else "reached_none"
+    status, kind = (
+        (reached, "good" if report.limits else "plain") if report.reached else ("missed", "bad")
+    )
+    facts = [
+        ("origin", report.origin),
+        ("target", report.target),
+        ("took", human_seconds(report.seconds)),
+    ]
+    return [
+        f'<header><div class="bar"><span><strong>tersor</strong> {_say("title")}</span><span>',
+        '<button id="language" type="button"><span class="en" lang="zh-CN">&#20013;&#25991;</span>'
+        '<span class="zh" lang="en">English</span></button>',
+        f'<button id="theme" type="button">{_say("theme")}</button></span></div>',
+        f'<h1><span class="headline en" lang="en">{escape(headline(report, "en"))}</span>'
+        f'<span class="headline zh" lang="zh-CN">{escape(headline(report, "zh"))}</span></h1>',
+        f'<p><span class="status {kind}">{_say(status)}</span></p>',
+        '<dl class="facts">',
+        *(
+            f"<dt>{_say(key)}</dt><dd><code>{escape(text)}</code></dd>"
+            for key, text in facts
+            if text
+        ),
+        "</dl></header>",
+    ]
+
+
+def _before_after(report: Report) -> list[str]:
+    rows = [
+        _row(
+            _metric(pair.metric),
+            _figure(pair.before),
+            _figure(pair.after),
+            _split(change(pair, "en"), change(pair, "zh")),
+            how=pair.any.how,
+        )
+        for pair in pairs(report)
+    ]
+    head = ("metric", "before", "after", "change", "how")
+    return [
+        _heading("before_after"),
+        f'<p class="note">{_say("before_note")}</p>',
+        *_table(head, rows),
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[str]) -> list[str]:
+    cells = "".join(f'<th scope="col">{_say(key) if key else ""}</th>' for key in head)
+    return [
+        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>',
+        *rows,
+        "</tbody></table></div>",
+    ]
+
+
+def _row(name: str, *figures: str, how: str) -> str:
+    cells = "".join(f'<td class="number">{figure}</td>' for figure in figures)
+    return f'<tr><th scope="row">{name}</th>{cells}<td class="how">{escape(how)}</td></tr>'
+
+
+def _figure(measurement: Measurement | None) -> str:
+    return _split(figure(measurement, "en"), figure(measurement, "zh"))
+
+
+def _split(en: str, zh: str) -> str:
+    """Set the bracket of a figure, its interval, below it."""
+    (value_en, _, rest_en), (value_zh, _, rest_zh) = en.partition(" ("), zh.partition(" (")
+    below = (
+        f'<span class="spread">{_both(rest_en.rstrip(")"), rest_zh.rstrip(")"))}</span>'
+        if rest_en
+        else ""
+    )
+    return _both(value_en, value_zh) + below
+
+
+def _stages(report: Report) -> list[str]:
+    lines = [_heading("stages")]
+    if not report.stages:
+        return [*lines, f"<p>{_say('stages_none')}</p>"]
+    metric, quality = x_metric(report), quality_metric(report)
+    measured = [find(stage.measurements, metric) for stage in report.stages]
+    original = find(report.before, metric)
+    longest = max([m.value for m in (original, *measured) if m is not None], default=0.0)
+    words = (say("stages_note", lang, metric=metric_word(metric, lang)) for lang in LANGUAGES)
+    lines += [f'<p class="note">{_both(*words)}</p>', '<ol class="stages">']
+    if original is not None:
+        bar = _bar(original, longest, "original", original, find(report.before, quality))
+        lines.append(f'<li><div class="stage">{_verdict("original")}</div>{bar}</li>')
+    for number, (stage, now) in enumerate(zip(report.stages, measured, strict=True), 1):
+        lines += _stage(number, stage)
+        if now is not None:
+            good = find(stage.measurements, quality)
+            lines.append(_bar(now, longest, stage.verdict, original, good))
+        lines += [f'<p class="reason">{escape(stage.reason)}</p>', *_details(stage), "</li>"]
+    return [*lines, "</ol>"]
+
+
+def _stage(number: int, stage: StageReport) -> list[str]:
+    return [
+        f'<li><div class="stage"><span class="title">{number}. {escape(stage.name)}</span>',
+        _verdict(stage.verdict),
+        f'<span class="time">{escape(human_seconds(stage.seconds))}</span></div>',
+    ]
+
+
+def _verdict(kind: str, word: str = "") -> str:
+    """Write a verdict as word, sign and color."""
+    icon = f'<svg viewBox="0 0 16 16" aria-hidden="true" focusable="false">{_ICONS[kind]}</svg>'
+    return f'<span class="verdict {kind}">{icon}{_say(word or kind)}</span>'
+
+
+def _bar(
+    now: Measurement,
+    longest: float,
+    kind: str,
+    original: Measurement | None,
+    quality: Measurement | None,
+) -> str:
+    """Draw one bar with its interval; the figures beside it say the same in words."""
+    value = human(now.value, now.unit)
+    beside = [f"<strong>{escape(value)}</strong>"]
+    if original is not None and original.value > 0 and kind != "original":
+        percent = f"{100 * now.value / original.value:.0f} %"
+        beside.append(f'<span class="quiet">{_say("of_original", percent=percent)}</span>')
+    if quality is not None:
+        text = f"{_metric(quality.metric)} {escape(human(quality.value, quality.unit))}"
+        beside.append(f'<br><span class="quiet">{text}</span>')
+    label = escape(f"{say(kind)}: {metric_word(now.metric)} {value}")
+    shapes = ['<rect class="track" width="100%" height="14"/>']
+    if longest > 0:
+        share = 100 * now.value / longest
+        shapes.append(f'<rect class="fill-{kind}" width="{share:.2f}%" height="14"/>')
+        low, high = (min(100.0, 100 * end / longest) for end in now.spread or (now.value,) * 2)
+        ends = f'x1="{low:.2f}%" x2="{high:.2f}%"'
+        shapes.append(f'<line class="spread-line" {ends} y1="7" y2="7"/>')
+    return (
+        f'<div class="length"><svg width="100%" height="14" role="img" aria-label="{label}">'
+        f'{"".join(shapes)}</svg><span class="figures">{" ".join(beside)}</span></div>'
+    )
+
+
+def _details(stage: StageReport) -> list[str]:
+    blocks = [
+        ("settings", to_plain(stage.settings)),
+        ("attempts", [_attempt(attempt) for attempt in stage.attempts]),
+        ("facts", to_plain(stage.facts)),
+    ]
+    shown = [
+        f"<p>{_say(key)}</p><pre>{escape(json.dumps(content, indent=1, ensure_ascii=False))}</pre>"
+        for key, content in blocks
+        if content
+    ]
+    if stage.measurements:
+        rows = [_row(_metric(m.metric), _figure(m), how=m.how) for m in stage.measurements]
+        shown = [*_table(("metric", "measured", "how"), rows), *shown]
+    if not shown:
+        return []
+    return [f"<details><summary>{_say('details')}</summary>", *shown, "</details>"]
+
+
+def _attempt(attempt: Mapping[str, Any]) -> Any:
+    """Write the measurements of an earlier try short."""
+    plain = to_plain(attempt)
+    for item in (measured := plain.get("measurements") or []):
+        if not isinstance(item, dict) or "metric" not in item:
+            return plain
+    return {**plain, "measurements": {m["metric"]: human(m["value"], m["unit"]) for m in measured}}
+
+
+def _picture(report: Report) -> list[str]:
+    drawn = draw(report)
+    if not drawn:
+        return [_heading("picture"), f'<p class="note">{_say("picture_none")}</p>']
+    notes = (_picture_note(report, lang) for lang in LANGUAGES)
+    kinds = dict.fromkeys(["original", *(stage.verdict for stage in report.stages)])
+    return [
+        _heading("picture"),
+        f'<p class="note">{_both(*notes)}</p>',
+        f'<figure>{drawn}<div class="legend">{"".join(_verdict(kind) for kind in kinds)}</div>',
+        '<figcaption id="point" aria-live="polite"></figcaption></figure>',
+    ]
+
+
+def _picture_note(report: Report, lang: Language) -> str:
+    names = {"y": quality_metric(report), "x": x_metric(report), "area": "size"}
+    words = {place: metric_word(name, lang) for place, name in names.items()}
+    what = say("picture_metrics", lang, **words)
+    note = say("picture_note", lang, corner=say(corner(report), lang))
+    return f"{what[0].upper()}{what[1:]} {note}"
+
+
+def _limits(report: Report) -> list[str]:
+    if not report.limits:
+        return []
+    rows = []
+    for limit in report.limits:
+        cells = [
+            escape(limit.text),
+            escape(human(limit.bound, limit.unit)),
+            _split(limited(limit, "en"), limited(limit, "zh")),
+            _verdict("kept", "holds") if limit.holds else _verdict("dropped", "broken"),
+        ]
+        tds = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        rows.append(f'<tr><th scope="row">{_metric(limit.metric)}</th>{tds}</tr>')
+    head = ("metric", "asked", "bound", "value", "")
+    note = f'<p class="note">{_say("limits_note")}</p>'
+    return [_heading("limits"), note, *_table(head, rows)]
+
+
+def _warnings(report: Report) -> list[str]:
+    if not report.warnings:
+        return [_heading("warnings"), f'<p class="note">{_say("warnings_none")}</p>']
+    items = "".join(f"<li>{escape(text)}</li>" for text in report.warnings)
+    return [_heading("warnings"), f'<ul class="warnings">{items}</ul>']
+
+
+def _environment(report: Report) -> list[str]:
+    rows = flat(to_plain(report.environment))
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in rows)
+    return [_heading("environment"), f'<dl class="facts">{facts}</dl>'] if rows else []
+
+
+def _reproduce(report: Report) -> list[str]:
+    command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
+    recipe = recipe_text(report)
+    folded = (
+        f"<details><summary>{_say('recipe')}</summary><pre>{escape(recipe)}</pre></details>"
+        if recipe
+        else ""
+    )
+    return [_heading("reproduce"), command, f'<p class="note">{_say("reproduce_note")}</p>', folded]

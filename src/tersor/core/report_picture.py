@@ -1,0 +1,243 @@
+"""The picture of a report: quality against latency, area for size, as inline SVG."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from tersor.core.metric import Measurement
+from tersor.core.report import Report
+from tersor.core.report_view import best_metric, figure, find, quality_metric
+from tersor.core.report_words import LANGUAGES, Language, human, metric_word, say
+
+WIDTH, HEIGHT = 880, 430
+_LEFT, _RIGHT, _TOP, _BOTTOM = 78, 24, 28, 52
+_LARGEST, _SMALLEST = 26.0, 7.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One circle."""
+
+    label: str
+    """"0", "1", ... or a key of the words."""
+    kind: str
+    """ "original", "result" or a stage's verdict."""
+    name: str
+    x: Measurement
+    y: Measurement
+    area: Measurement | None
+
+
+def points(report: Report) -> list[Point]:
+    """List what the picture shows; fewer than two points make no picture."""
+    x_name, y_name = x_metric(report), quality_metric(report)
+    wanted = [("original", "original", "", report.before)]
+    wanted += [(str(i), s.verdict, s.name, s.measurements) for i, s in enumerate(report.stages, 1)]
+    wanted += [("result", "result", "", report.after)]
+    found = []
+    for label, kind, name, measurements in wanted:
+        x, y = find(measurements, x_name), find(measurements, y_name)
+        if x is not None and y is not None and math.isfinite(x.value) and math.isfinite(y.value):
+            area = find(measurements, "size")
+            found.append(Point(label=label, kind=kind, name=name, x=x, y=y, area=area))
+    return found
+
+
+def x_metric(report: Report) -> str:
+    """Return the metric across: what was improved, unless that is a quality or the size."""
+    best = best_metric(report)
+    return "latency" if best in ("size", quality_metric(report)) else best
+
+
+def draw(report: Report) -> str:
+    """Draw the picture.
+
+    Returns:
+        An `svg` element with one focusable group a point, or "" where there are not two points.
+    """
+    shown = points(report)
+    if len(shown) < 2:
+        return ""
+    across = _Axis.over([_ends(p.x) for p in shown], _LEFT, WIDTH - _RIGHT)
+    bounds = [
+        li.bound
+        for li in report.limits
+        if li.metric == shown[0].y.metric and math.isfinite(li.bound)
+    ]
+    up = _Axis.over(
+        [*(_ends(p.y) for p in shown), *((b, b) for b in bounds)], HEIGHT - _BOTTOM, _TOP
+    )
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-labelledby="picture">',
+        *_grid(across, up, shown[0]),
+        *(_bound(up, bound, shown[0].y.unit) for bound in bounds),
+        _path(across, up, shown),
+        *_circles(across, up, shown),
+        "</svg>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def corner(report: Report) -> str:
+    """Return the key of the word for the best corner of the picture."""
+    x, y = find(report.before, x_metric(report)), find(report.before, quality_metric(report))
+    upper = y is None or y.better == "higher"
+    left = x is None or x.better == "lower"
+    return f"{'upper' if upper else 'lower'}_{'left' if left else 'right'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    low: float
+    high: float
+    start: float
+    stop: float
+    ticks: tuple[float, ...]
+
+    @staticmethod
+    def over(spans: Sequence[tuple[float, float]], start: float, stop: float) -> "_Axis":
+        low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+        margin = (high - low or abs(high) or 1.0) * 0.12
+        low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
+        step = _step((high - low) / 5)
+        first = math.ceil(low / step)
+        ticks = tuple(step * i for i in range(first, math.floor(high / step) + 1))
+        return _Axis(low=low, high=high, start=start, stop=stop, ticks=ticks)
+
+    def at(self, value: float) -> float:
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return self.start + share * (self.stop - self.start)
+
+
+def _step(rough: float) -> float:
+    """Round a step up to 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return power * next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+
+
+def _ends(measurement: Measurement) -> tuple[float, float]:
+    ends = [measurement.value, *(measurement.spread or ())]
+    ends = [end for end in ends if math.isfinite(end)]
+    return min(ends), max(ends)
+
+
+def _grid(across: _Axis, up: _Axis, sample: Point) -> list[str]:
+    floor, wall = HEIGHT - _BOTTOM, _LEFT
+    lines = []
+    for tick in across.ticks:
+        x = f"{across.at(tick):.1f}"
+        lines.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{_TOP}" y2="{floor}"/>')
+        lines.append(
+            _text("tick", x, floor + 18, human(tick, sample.x.unit, across.ticks[-1]), "middle")
+        )
+    for tick in up.ticks:
+        y = up.at(tick)
+        lines.append(
+            f'<line class="grid" x1="{wall}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        lines.append(
+            _text("tick", wall - 8, f"{y + 4:.1f}", human(tick, sample.y.unit, up.ticks[-1]), "end")
+        )
+    lines.append(
+        f'<line class="axis" x1="{wall}" x2="{WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>'
+    )
+    lines.append(f'<line class="axis" x1="{wall}" x2="{wall}" y1="{_TOP}" y2="{floor}"/>')
+    for lang in LANGUAGES:
+        x_word, y_word = metric_word(sample.x.metric, lang), metric_word(sample.y.metric, lang)
+        lines.append(
+            _text(f"label {lang}", (wall + WIDTH - _RIGHT) / 2, HEIGHT - 10, x_word, "middle")
+        )
+        lines.append(_text(f"label {lang}", 8, 16, y_word, "start"))
+    return lines
+
+
+def _bound(up: _Axis, bound: float, unit: str) -> str:
+    y = up.at(bound)
+    line = f'<line class="bound" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    words = (
+        _text(
+            f"bound-label {lang}",
+            WIDTH - _RIGHT,
+            f"{y - 5:.1f}",
+            f"{say('limit', lang)} {human(bound, unit)}",
+            "end",
+        )
+        for lang in LANGUAGES
+    )
+    return line + "".join(words)
+
+
+def _path(across: _Axis, up: _Axis, shown: Sequence[Point]) -> str:
+    """Join the original, the stages that stayed, and the result."""
+    stayed = [p for p in shown if p.kind != "dropped"]
+    places = " ".join(f"{across.at(p.x.value):.1f},{up.at(p.y.value):.1f}" for p in stayed)
+    return f'<polyline class="path" points="{places}"/>'
+
+
+def _circles(across: _Axis, up: _Axis, shown: Sequence[Point]) -> list[str]:
+    """Draw the points, each label where it covers no other."""
+    largest = max((p.area.value for p in shown if p.area is not None), default=0.0)
+    taken: list[tuple[float, float, float]] = []
+    drawn = []
+    for point in shown:
+        share = (
+            math.sqrt(max(point.area.value, 0.0) / largest) if point.area and largest > 0 else 0.4
+        )
+        radius = max(_SMALLEST, _LARGEST * share)
+        x, y = across.at(point.x.value), up.at(point.y.value)
+        half = 4 + 3.6 * len(_short(point, "en"))
+        places = [(0, -radius - 6), (0, radius + 15), (radius + half, 4), (-radius - half, 4)]
+        places += [(0, -radius - 22), (0, radius + 31)]
+        free = (
+            p
+            for p in places
+            if all(abs(x + p[0] - u) > half + w or abs(y + p[1] - v) > 13 for u, v, w in taken)
+        )
+        dx, dy = next(free, places[0])
+        taken.append((x + dx, y + dy, half))
+        drawn.append(_circle(point, (x, y, radius), (x + dx, y + dy), across, up))
+    return drawn
+
+
+def _circle(
+    point: Point,
+    disc: tuple[float, float, float],
+    label: tuple[float, float],
+    across: _Axis,
+    up: _Axis,
+) -> str:
+    x, y, radius = disc
+    tips = {lang: escape(tip(point, lang)) for lang in LANGUAGES}
+    left, right = (across.at(end) for end in _ends(point.x))
+    low, high = (up.at(end) for end in _ends(point.y))
+    color = "kept" if point.kind == "result" else point.kind
+    at = f"{label[0]:.1f}", f"{label[1]:.1f}"
+    labels = "".join(_text(lang, *at, _short(point, lang), "middle") for lang in LANGUAGES)
+    return (
+        f'<g class="point {point.kind}" tabindex="0" role="img" aria-label="{tips["en"]}" '
+        f'data-en="{tips["en"]}" data-zh="{tips["zh"]}"><title>{tips["en"]}</title>'
+        f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+        f'<circle class="fill-{color}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>{labels}</g>'
+    )
+
+
+def _short(point: Point, lang: Language) -> str:
+    return say(point.kind, lang) if point.kind in ("original", "result") else point.label
+
+
+def tip(point: Point, lang: Language) -> str:
+    """Write all figures of a point in one line."""
+    if point.kind in ("original", "result"):
+        title = say(point.kind, lang)
+    else:
+        title = f"{point.label}. {point.name} ({say(point.kind, lang)})"
+    shown = [m for m in (point.x, point.y, point.area) if m is not None]
+    return f"{title}: " + "; ".join(
+        f"{metric_word(m.metric, lang)} {figure(m, lang)}" for m in shown
+    )
+
+
+def _text(kind: str, x: float | str, y: float | str, words: str, anchor: str) -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(words)}</text>'

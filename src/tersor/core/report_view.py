@@ -1,0 +1,198 @@
+"""What a report shows, before it is drawn: pairs of figures, the headline, the chosen metrics."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tersor.core.metric import Better, Measurement
+from tersor.core.report import LimitReport, Ratio, Report
+from tersor.core.report_words import (
+    Language,
+    human,
+    human_interval,
+    metric_word,
+    ratio_digits,
+    say,
+)
+
+COSTS = ("latency", "throughput", "size", "peak_memory", "parameters", "macs", "energy")
+_SPEED, _EXTENT = ("faster", "slower"), ("smaller", "larger")
+_WORDS = {
+    "latency": _SPEED,
+    "throughput": _SPEED,
+    "size": _EXTENT,
+    "peak_memory": _EXTENT,
+    "parameters": _EXTENT,
+    "macs": _EXTENT,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One metric before and after."""
+
+    metric: str
+    before: Measurement | None
+    after: Measurement | None
+    ratio: Ratio | None
+    """Re-measured interleaved, where the run did so."""
+    points: tuple[float, float] | None
+    """Paired 95 % interval of the change in points, where the run has one."""
+
+    @property
+    def any(self) -> Measurement:
+        """Return the measurement there is."""
+        found = self.after or self.before
+        assert found is not None
+        return found
+
+
+def pairs(report: Report) -> list[Pair]:
+    """Join before and after by metric, in the order measured; repeated metrics keep their rank."""
+    ratios = {ratio.metric: ratio for ratio in report.ratios}
+    points = {limit.metric: limit.interval for limit in report.limits}
+    keys = list(dict.fromkeys([*_ranked(report.before), *_ranked(report.after)]))
+    before, after = _ranked(report.before), _ranked(report.after)
+    return [
+        Pair(
+            metric=name,
+            before=before.get((name, rank)),
+            after=after.get((name, rank)),
+            ratio=ratios.get(name) if rank == 0 else None,
+            points=points.get(name) if rank == 0 else None,
+        )
+        for name, rank in keys
+    ]
+
+
+def _ranked(measurements: Sequence[Measurement]) -> dict[tuple[str, int], Measurement]:
+    found: dict[tuple[str, int], Measurement] = {}
+    for item in measurements:
+        rank = sum(name == item.metric for name, _ in found)
+        found[item.metric, rank] = item
+    return found
+
+
+def figure(measurement: Measurement | None, lang: Language = "en") -> str:
+    """Write a measurement with its interval: "2.31 ms (2.28 to 2.35)"."""
+    if measurement is None:
+        return "-"
+    text = human(measurement.value, measurement.unit)
+    if measurement.spread is None:
+        return text
+    return (
+        f"{text} ({human_interval(measurement.spread, measurement.unit, measurement.value, lang)})"
+    )
+
+
+def change(pair: Pair, lang: Language = "en") -> str:
+    """Write what changed: "4.12x faster (3.98 to 4.25)", "-0.76 points"; "-" where unknown."""
+    if pair.before is None or pair.after is None:
+        return "-"
+    if pair.after.unit == "%":
+        text = say("points", lang, points=f"{pair.after.value - pair.before.value:+.2f}")
+        if pair.points is None:
+            return text
+        low, high = (f"{end:+.2f}" for end in pair.points)
+        return f"{text} ({say('interval', lang, low=low, high=high)})"
+    if pair.ratio is not None:
+        return _ratio(pair.metric, pair.ratio.value, lang, pair.ratio)
+    value = gain(pair.before.value, pair.after.value, pair.after.better)
+    return "-" if value is None else _ratio(pair.metric, value, lang)
+
+
+def gain(before: float, after: float, better: Better) -> float | None:
+    """Return how many times better `after` is; None where that has no meaning."""
+    best, other = (before, after) if better == "lower" else (after, before)
+    return best / other if best > 0 and other > 0 and math.isfinite(best / other) else None
+
+
+def _ratio(metric: str, value: float, lang: Language, ratio: Ratio | None = None) -> str:
+    if ratio is not None and ratio.verdict == "no difference":
+        low, high = ratio_digits(ratio.low), ratio_digits(ratio.high)
+        return f"{say('same', lang)} ({say('interval', lang, low=low, high=high)})"
+    good, bad = _WORDS.get(metric, ("better", "worse"))
+    if ratio is None and abs(value - 1) < 5e-4:
+        return say("same", lang)
+    if value >= 1:
+        ends = (ratio.low, ratio.high) if ratio else None
+        text = say(good, lang, ratio=ratio_digits(value))
+    else:
+        ends = (1 / ratio.high, 1 / ratio.low) if ratio and ratio.low > 0 else None
+        text = say(bad, lang, ratio=ratio_digits(1 / value))
+    if ends is None or ends[0] == ends[1]:
+        return text
+    low, high = ratio_digits(ends[0]), ratio_digits(ends[1])
+    return f"{text} ({say('interval', lang, low=low, high=high)})"
+
+
+def limited(limit: LimitReport, lang: Language = "en") -> str:
+    """Write what a limit met: "88.10 % (-1.02 to -0.50 points)"."""
+    text = human(limit.value, limit.unit)
+    if limit.interval is None:
+        return text
+    if limit.unit != "%":
+        return f"{text} ({human_interval(limit.interval, limit.unit, limit.value, lang)})"
+    low, high = (f"{end:+.2f}" for end in limit.interval)
+    return f"{text} ({say('points', lang, points=say('interval', lang, low=low, high=high))})"
+
+
+def headline(report: Report, lang: Language = "en") -> str:
+    """Sum a run up in one line: "4.12x faster, 6.02x smaller, accuracy 88.10 % (-0.76 points)"."""
+    shown = {pair.metric: pair for pair in reversed(pairs(report))}
+    first = dict.fromkeys([best_metric(report), "latency", "size"])
+    words = [_moved(shown[name], lang) for name in first if name in shown]
+    words = [text for text in words if text]
+    quality = quality_metric(report)
+    if quality in shown and shown[quality].after is not None:
+        now = shown[quality].any
+        text = f"{metric_word(quality, lang)} {human(now.value, now.unit)}"
+        moved = _bare(change(shown[quality], lang))
+        words.append(text if moved == "-" else f"{text} ({moved})")
+    return say("comma", lang).join(words) or say("headline_none", lang)
+
+
+def _moved(pair: Pair, lang: Language) -> str:
+    """Write a change for the headline, with the metric's name where the words do not tell it."""
+    text = _bare(change(pair, lang))
+    if pair.any.unit == "%" or text == "-":
+        return ""
+    clear = pair.metric in ("latency", "size") and text != say("same", lang)
+    return text if clear else f"{metric_word(pair.metric, lang)}: {text}"
+
+
+def _bare(text: str) -> str:
+    return text.partition(" (")[0]
+
+
+def best_metric(report: Report) -> str:
+    """Return the metric that the run improved; latency where no goal was given."""
+    goal = report.recipe.get("goal")
+    return str(goal.get("best", "latency")) if isinstance(goal, Mapping) else "latency"
+
+
+def quality_metric(report: Report) -> str:
+    """Return the metric that says how good the network still is, or an empty string."""
+    measured = [item.metric for item in (*report.after, *report.before)]
+    limited = [limit.metric for limit in report.limits]
+    ordered = [*limited, "quality", "accuracy", *measured]
+    return next((name for name in ordered if name in measured and name not in COSTS), "")
+
+
+def find(measurements: Sequence[Measurement], metric: str) -> Measurement | None:
+    """Return the first measurement of a metric."""
+    return next((item for item in measurements if item.metric == metric), None)
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """List a nested mapping as (dotted name, text) rows."""
+    rows: list[tuple[str, str]] = []
+    for key, item in mapping.items():
+        if isinstance(item, Mapping):
+            rows += flat(item, f"{prefix}{key}.")
+        elif isinstance(item, (list, tuple)):
+            rows.append((f"{prefix}{key}", ", ".join(str(part) for part in item)))
+        else:
+            rows.append((f"{prefix}{key}", str(item)))
+    return rows

@@ -1,0 +1,125 @@
+"""Tell what a file really is, by its first bytes; its name may lie."""
+
+import zipfile
+from pathlib import Path
+
+_MAGIC = (
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PK\x05\x06", "an empty zip archive"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"BZh", "a bzip2 file"),
+    (b"\xfd7zXZ\x00", "an xz file"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras weights, for instance)"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x93NUMPY", "a NumPy .npy file"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"%PDF", "a PDF document"),
+    (b"\x7fELF", "a program or shared library"),
+    (b"<?xml", "an XML file (an OpenVINO model, for instance)"),
+)
+_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+MAX_ENTRIES = 100_000
+MAX_UNPACKED = 64 << 30
+MAX_RATIO = 100
+SMALL = 256 << 20
+"""Archives that unpack to less than this may be packed as tightly as they like."""
+
+
+def sniff(path: Path) -> str:
+    """Say what a file is.
+
+    Returns:
+        "empty", "html", "lfs", "safetensors", "pickle", or words such as "a zip archive"; "" where
+        its first bytes say nothing.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        return "empty"
+    with path.open("rb") as stream:
+        head = stream.read(1024)
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "lfs"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "html"
+    if (
+        len(head) > 8
+        and head[8:9] == b"{"
+        and int.from_bytes(head[:8], "little") < max(size, 1 << 32)
+    ):
+        return "safetensors"
+    if len(head) > 8 and head[4:8] == b"TFL3":
+        return "a TFLite file"
+    for magic, what in _MAGIC:
+        if head.startswith(magic):
+            return what
+    if len(head) > 262 and head[257:262] == b"ustar":
+        return "a tar archive"
+    if head.startswith(_PICKLES):
+        return "pickle"
+    return ""
+
+
+def foreign(path: Path, wanted: str = "") -> str:
+    """Say why a file cannot be read, in words to put after its name; nothing where it may be.
+
+    Args:
+        path: The file.
+        wanted: What `sniff` says of a good one: "safetensors", "a zip archive"; "" for formats
+            without a mark, such as ONNX.
+    """
+    if not path.exists():
+        return "does not exist"
+    if not path.is_file():
+        return "is not a file"
+    try:
+        found = sniff(path)
+    except OSError as error:
+        return f"cannot be read: {(error.strerror or str(error)).lower()}"
+    reasons = {
+        "empty": "is an empty file",
+        "html": "looks like an HTML page; was the download blocked?",
+        "lfs": "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+        "pickle": "is a pickle, which can run code when it is loaded, and is not read",
+        "safetensors": "is a safetensors file; give it as --weights of the network's code",
+    }
+    if found == wanted or (not found and not wanted):
+        return ""
+    if found in ("empty", "html", "lfs"):
+        return reasons[found]
+    if not found:
+        return f"is not {wanted if wanted.startswith('a ') else 'a ' + wanted + ' file'}"
+    return reasons.get(found, f"is {found}, whatever its name says")
+
+
+def zip_problem(path: Path) -> str:
+    """Say what makes a zip archive unsafe to unpack: names, number, sizes, ratio; or nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
+        return f"is a damaged zip archive: {error}"
+    if len(entries) > MAX_ENTRIES:
+        return f"has {len(entries)} entries, more than {MAX_ENTRIES}"
+    names: set[str] = set()
+    for entry in entries:
+        name = entry.orig_filename
+        parts = name.replace("\\", "/").split("/")
+        if name.startswith(("/", "\\")) or ".." in parts or ":" in name or "\0" in name:
+            return f"has an entry that leads outside: {name[:80]!r}"
+        if name in names:
+            return f"has two entries called {name[:80]!r}"
+        if entry.flag_bits & 0x1:
+            return f"has an encrypted entry {name[:80]!r}"
+        if entry.external_attr >> 28 not in (0, 8, 4):  # file type of the mode: regular or folder
+            return f"has an entry that is a link or a device: {name[:80]!r}"
+        names.add(name)
+    unpacked, packed = sum(e.file_size for e in entries), path.stat().st_size
+    if unpacked > MAX_UNPACKED:
+        return f"unpacks to {unpacked / 2**30:.0f} GiB, more than {MAX_UNPACKED >> 30} GiB"
+    if unpacked > SMALL and unpacked > MAX_RATIO * packed:
+        return f"unpacks {packed} bytes to {unpacked} ({unpacked // packed} times): a zip bomb"
+    return ""

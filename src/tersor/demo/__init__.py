@@ -1,0 +1,1 @@
+"""A small trained network that ships with the package, for `tersor demo` and for examples."""

@@ -1,0 +1,158 @@
+"""Lower a network: module -> exported program -> ONNX, one way only.
+
+What is written carries no stack traces, doc strings or local paths, and the same network gives the
+same bytes.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from tersor.core.errors import ModelError
+from tersor.core.model import Inputs, may_lower
+from tersor.core.runtime import Form
+
+OPSET = 21
+"""The first with 4-bit and block-wise DequantizeLinear."""
+
+
+def form_of(net: Any) -> Form:
+    """Tell which of the three forms a network has.
+
+    Raises:
+        ModelError: none of them.
+    """
+    if isinstance(net, nn.Module):
+        return "module"
+    if isinstance(net, ExportedProgram):
+        return "exported"
+    if type(net).__name__ == "ModelProto":
+        return "onnx"
+    raise ModelError(
+        f"expected an nn.Module, an ExportedProgram or an ONNX model, got {type(net).__name__}"
+    )
+
+
+def lower(net: Any, to: Form, inputs: Inputs) -> Any:
+    """Return the network in the form `to`; the same object where it has that form already.
+
+    Args:
+        net: nn.Module in eval mode, ExportedProgram or onnx.ModelProto. Not modified.
+        to: The form wanted.
+        inputs: How to call it; `dynamic` dimensions stay free.
+
+    Raises:
+        ModelError: the way would be upwards, or the exporter cannot translate the network.
+    """
+    form = form_of(net)
+    if not may_lower(form, to):
+        raise ModelError(f"a network of form {form!r} cannot become {to!r} again")
+    if form == "module" and to != "module":
+        net, form = _export(net, inputs), "exported"
+    if form == "exported" and to == "onnx":
+        net = _to_onnx(net)
+    return net
+
+
+def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Export with `inputs.dynamic` free; a dimension of one name is one dimension."""
+    dims: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
+    for name in inputs.example:
+        named = {
+            axis: dims.setdefault(word, Dim(word, min=1, max=65536))
+            for axis, word in inputs.dynamic.get(name, {}).items()
+        }
+        shapes[name] = named or None
+    example = {name: tensor.contiguous() for name, tensor in inputs.example.items()}
+    try:
+        with _quiet(), _plain_attention(), torch.no_grad():
+            program = torch.export.export(net, (), kwargs=example, dynamic_shapes=shapes)
+    except Exception as error:
+        raise ModelError(
+            f"{type(net).__name__} cannot be exported by torch.export: {_first_lines(error)}"
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+        node.meta.pop("nn_module_stack", None)
+        node.meta.pop("source_fn_stack", None)
+    return program
+
+
+def _to_onnx(program: ExportedProgram) -> Any:
+    from tersor.ops.onnx_translations import finish, translations
+
+    try:
+        with _quiet():
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+                custom_translation_table=translations(),
+            )
+        assert made is not None
+        model = made.model_proto
+    except Exception as error:
+        raise ModelError(f"the network cannot be written as ONNX: {_first_lines(error)}") from error
+    _strip(model)
+    return finish(model)
+
+
+def _strip(model: Any) -> None:
+    """Remove what tells where and when the model was made."""
+    del model.metadata_props[:]
+    model.doc_string = model.graph.doc_string = ""
+    graphs = [model.graph, *model.functions]
+    for graph in graphs:
+        del graph.metadata_props[:]
+        entries = [*graph.node, *getattr(graph, "value_info", [])]
+        if graph is model.graph:
+            entries += [*graph.input, *graph.output, *graph.initializer]
+            # intermediate shapes are inferred again by every runtime
+            del graph.value_info[:]
+        for entry in entries:
+            del entry.metadata_props[:]
+            entry.doc_string = ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter, which prints its progress."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Turn off the fused inference path of nn.MultiheadAttention, which no exporter translates."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + " ".join(lines[:2])[:400]

@@ -1,0 +1,334 @@
+"""What results are made of: layers with integer weights, and the rounding of activations.
+
+All are written in `torch.ops.quantized_decomposed`, which the exporters translate: to QuantizeLinear
+and DequantizeLinear in ONNX. Each has `arguments()`, from which an equal structure is made; its tensors
+then come from the state dict.
+"""
+
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersor.ops.quantize import symmetric_codes
+
+_OPS = torch.ops.quantized_decomposed
+_Sizes = int | tuple[int, ...]
+
+
+class Quantize(nn.Module):
+    """Round activations to 8-bit codes and back: what the runtime's integer operators see.
+
+    Calls of one instance at several places share the scale.
+
+    Args:
+        scale: Step between two codes, float32.
+        zero: The code of 0.
+        low: Lowest code: 0 for uint8, -128 for int8.
+        high: Highest code.
+    """
+
+    def __init__(self, scale: float, zero: int, low: int = 0, high: int = 255) -> None:
+        super().__init__()
+        self.scale, self.zero, self.low, self.high = scale, zero, low, high
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"scale": self.scale, "zero": self.zero, "low": self.low, "high": self.high}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values that the codes of `x` stand for."""
+        dtype = torch.int8 if self.low < 0 else torch.uint8
+        grid = (self.scale, self.zero, self.low, self.high, dtype)
+        return _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *grid), *grid)  # type: ignore[no-any-return]  # operators are untyped
+
+    def extra_repr(self) -> str:
+        """Describe the grid."""
+        return f"scale={self.scale:.4g}, zero={self.zero}, codes={self.low}..{self.high}"
+
+
+class QuantConv1d(nn.Module):
+    """Conv1d with int8 weights, one scale for each output channel."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Sizes,
+        stride: _Sizes = 1,
+        padding: _Sizes | str = 0,
+        dilation: _Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = _many(kernel_size, 1), stride
+        self.padding, self.dilation, self.groups = padding, dilation, groups
+        _register(self, (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return _conv_arguments(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with the dequantized weights."""
+        weight = dequantized(self.weight, self.scale, self.zero)
+        return F.conv1d(
+            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class QuantConv2d(nn.Module):
+    """Conv2d with int8 weights, one scale for each output channel."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Sizes,
+        stride: _Sizes = 1,
+        padding: _Sizes | str = 0,
+        dilation: _Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = _many(kernel_size, 2), stride
+        self.padding, self.dilation, self.groups = padding, dilation, groups
+        _register(self, (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return _conv_arguments(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with the dequantized weights."""
+        weight = dequantized(self.weight, self.scale, self.zero)
+        return F.conv2d(
+            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class QuantConvTranspose2d(nn.Module):
+    """ConvTranspose2d without groups, with int8 weights, one scale for each output channel."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Sizes,
+        stride: _Sizes = 1,
+        padding: _Sizes = 0,
+        output_padding: _Sizes = 0,
+        dilation: _Sizes = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = _many(kernel_size, 2), stride
+        self.padding, self.output_padding, self.dilation = padding, output_padding, dilation
+        _register(self, (in_channels, out_channels, *self.kernel_size), out_channels, bias)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation")
+        return {**{name: getattr(self, name) for name in names}, "bias": self.bias is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with the dequantized weights."""
+        weight = dequantized(self.weight, self.scale, self.zero, axis=1)
+        return F.conv_transpose2d(
+            x, weight, self.bias, self.stride, self.padding, self.output_padding, 1, self.dilation  # type: ignore[arg-type]  # stubs want tuples
+        )
+
+
+class QuantLinear(nn.Module):
+    """Linear with int8 weights, one scale for each output."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        _register(self, (out_features, in_features), out_features, bias)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the dequantized weights."""
+        return F.linear(x, dequantized(self.weight, self.scale, self.zero), self.bias)
+
+
+class GroupedLinear(nn.Module):
+    """Linear with weights of few bits, one scale for each group along a row.
+
+    Args:
+        in_features: Length of a row.
+        out_features: Number of rows.
+        bits: 4 or 8; codes are kept in a byte each and packed when written to a file.
+        group_size: Values that share a scale; divides `in_features`.
+        symmetric: Signed codes without zeros; else unsigned codes with a zero for each group.
+        bias: Whether there is one.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int = 4,
+        group_size: int = 32,
+        symmetric: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        groups = in_features // group_size
+        dtype = torch.int8 if symmetric else torch.uint8
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=dtype))
+        self.register_buffer("scale", torch.ones(out_features, groups))
+        zero = None if symmetric else torch.zeros(out_features, groups, dtype=torch.uint8)
+        self.register_buffer("zero", zero)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        names = ("in_features", "out_features", "bits", "group_size", "symmetric")
+        return {**{name: getattr(self, name) for name in names}, "bias": self.bias is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the dequantized weights."""
+        low = -(2 ** (self.bits - 1)) if self.symmetric else 0
+        zero = None if self.zero is None else self.zero.to(torch.int32)
+        weight_OI = _OPS.dequantize_per_channel_group(
+            self.weight,
+            self.scale,
+            zero,
+            low,
+            low + 2**self.bits - 1,
+            self.weight.dtype,
+            self.group_size,
+            torch.float32,
+        )
+        return F.linear(x, weight_OI, self.bias)
+
+
+QUANTIZED = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear, GroupedLinear)
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Say why a layer cannot get int8 weights, or None."""
+    if isinstance(layer, QUANTIZED):
+        return "quantized before"
+    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear):
+        return f"{type(layer).__name__} has no integer form here"
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+    if layer.weight.dtype is not torch.float32:
+        return f"its weights are {str(layer.weight.dtype).removeprefix('torch.')}"
+    if not isinstance(layer, nn.Linear) and layer.padding_mode != "zeros":
+        return f"padding mode {layer.padding_mode!r}"
+    if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
+        return "a transposed convolution with groups"
+    return None
+
+
+def rows(layer: nn.Module) -> Tensor:
+    """Return a layer's weights with one row for each output channel, (O, I)."""
+    weight = layer.weight.detach()
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.ConvTranspose2d):
+        weight = weight.transpose(0, 1)
+    return weight.flatten(1)
+
+
+def quantized(layer: nn.Module, scale_O: Tensor) -> nn.Module:
+    """Return a layer like `layer` with int8 weights; the bias is shared.
+
+    Args:
+        layer: A layer for which `why_not` is None.
+        scale_O: Scale of each output channel.
+    """
+    made: nn.Module
+    if isinstance(layer, nn.Linear):
+        made = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None)
+    elif isinstance(layer, nn.ConvTranspose2d):
+        made = QuantConvTranspose2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,  # type: ignore[arg-type]  # a transposed convolution has no "same"
+            layer.output_padding,
+            layer.dilation,
+            layer.bias is not None,
+        )
+    else:
+        assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
+        made = (QuantConv1d if isinstance(layer, nn.Conv1d) else QuantConv2d)(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+        )
+    codes_OI = symmetric_codes(rows(layer), scale_O)
+    shape = layer.weight.shape
+    if isinstance(layer, nn.ConvTranspose2d):
+        codes = codes_OI.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous()
+    else:
+        codes = codes_OI.view(shape)
+    made.weight, made.scale, made.bias = codes, scale_O, layer.bias
+    return made.train(layer.training)
+
+
+def dequantized(weight: Tensor, scale_O: Tensor, zero_O: Tensor, axis: int = 0) -> Tensor:
+    """Return the float weights that int8 codes stand for."""
+    return _OPS.dequantize_per_channel(weight, scale_O, zero_O, axis, -127, 127, torch.int8)  # type: ignore[no-any-return]  # operators are untyped
+
+
+def _register(layer: nn.Module, shape: tuple[int, ...], out_channels: int, bias: bool) -> None:
+    layer.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
+    layer.register_buffer("scale", torch.ones(out_channels))
+    layer.register_buffer("zero", torch.zeros(out_channels, dtype=torch.int64))
+    layer.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+
+
+def _conv_arguments(layer: nn.Module) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
+
+
+def _many(size: _Sizes, count: int) -> tuple[int, ...]:
+    return (size,) * count if isinstance(size, int) else tuple(size)

@@ -1,0 +1,264 @@
+"""compress(): READ THIS FIRST.
+
+A network, a recipe and data go in; every stage is applied, exported, measured on the target and
+judged; an artifact that runs without tersor's training side comes out.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tersor import trainer, workspace
+from tersor.core import artifact, plugins
+from tersor.core.artifact import Artifact
+from tersor.core.context import Data, Fit, Track, silent
+from tersor.core.errors import DataError
+from tersor.core.goal import Goal
+from tersor.core.hardware import environment
+from tersor.core.model import Model
+from tersor.core.recipe import Recipe
+from tersor.core.report import Report, StageReport
+from tersor.core.report_page import to_html
+from tersor.core.report_text import to_markdown
+from tersor.core.runtime import Target
+from tersor.ops import splits
+from tersor.plan import Plan, check, forecast, make_inputs, try_forward
+from tersor.stages import Run, State
+
+__all__ = ["compress", "load", "load_data", "plan"]
+
+
+def load(source: str, *, weights: str | Path | None = None, partial: bool = False) -> Model:
+    """Load a network.
+
+    Args:
+        source: "package.module:factory", "file.py:factory", "x.pt2", "x.onnx", or "SOURCE:place".
+        weights: A .safetensors file for a module.
+        partial: Load the weights that fit, and say in `Model.notes` what did not.
+
+    Raises:
+        ModelError: cannot be loaded; says why and what to do.
+    """
+    path = None if weights is None else Path(weights)
+    known = plugins.names("sources")
+    name, _, place = source.partition(":")
+    if name in known and place:
+        return plugins.source(name).load(place, weights=path, partial=partial)
+    for candidate in known:
+        if Path(source).suffix in plugins.source(candidate).suffixes:
+            return plugins.source(candidate).load(source, weights=path, partial=partial)
+    return plugins.source("module").load(source, weights=path, partial=partial)
+
+
+def load_data(place: str) -> Data:
+    """Load batches: "digits", "arrays:FILE.npz", "images:FOLDER" or "file.py:function".
+
+    Raises:
+        DataError: says what is wrong with which batch.
+    """
+    name, _, rest = place.partition(":")
+    if name in plugins.names("datasets"):
+        made = plugins.module("datasets", name).load(rest)
+    else:
+        made = plugins.module("datasets", "script").load(place)
+    assert isinstance(made, Data)
+    return made
+
+
+def plan(
+    model: Model,
+    recipe: Recipe | str | Path,
+    *,
+    data: Data,
+    goal: Goal | None = None,
+    target: Target | None = None,
+    metrics: Sequence[str] = ("size", "latency", "fidelity"),
+    out: str | Path,
+) -> Plan:
+    """Check everything and predict time, memory and disk, without doing any of it."""
+    resolved = _resolve(recipe, goal, target, None)
+    names = _metric_names(resolved, metrics)
+    check(model, resolved, data, names, Path(out))
+    inputs = make_inputs(model, data)
+    if model.form == "module":
+        try_forward(model.net, inputs)
+    return forecast(model, resolved, data, inputs, names, Path(out))
+
+
+def compress(
+    model: Model | torch.nn.Module,
+    recipe: Recipe | str | Path,
+    *,
+    data: Data,
+    out: str | Path,
+    goal: Goal | None = None,
+    target: Target | None = None,
+    metrics: Sequence[str] = ("size", "latency", "fidelity"),
+    fit: Fit | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    batch: int = 1,
+    resume: bool = False,
+    strict: bool = False,
+    command: str = "",
+    display: Track = silent,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Artifact:
+    """Compress a network, keeping only the stages that pay inside the limits.
+
+    Args:
+        model: From `load`, or an nn.Module in eval mode. Not changed.
+        recipe: A Recipe, a file, or the name of a recipe of the package.
+        data: Batches by role.
+        out: Folder of the artifact; its work folder is beside it.
+        goal: Instead of the recipe's.
+        target: Instead of the recipe's.
+        metrics: Measured besides those of the goal.
+        fit: The trainer; tersor's own by default.
+        seed: Decides every random number.
+        threads: Of the target; 0 means all usable cores.
+        batch: Samples in a timed batch.
+        resume: Go on with a run that was interrupted.
+        strict: A limit holds only when its whole interval is inside.
+        command: How to repeat the run, for the report.
+        display: Progress.
+        should_stop: Asked after every finished stage; True raises KeyboardInterrupt, resumable.
+
+    Returns:
+        The artifact; `artifact.report.reached` tells whether every limit holds.
+
+    Raises:
+        TersorError: before any work for mistakes; StepError when a technique fails.
+        KeyboardInterrupt: stopped; run again with `resume=True`.
+    """
+    started = time.perf_counter()
+    if isinstance(model, torch.nn.Module):
+        model = Model(net=model, form="module", origin=f"module:{type(model).__name__}")
+    out = Path(out)
+    resolved = _resolve(recipe, goal, target, threads)
+    names = _metric_names(resolved, metrics)
+    data, warnings = _decide_on(data)
+    check(model, resolved, data, names, out)
+    inputs = make_inputs(model, data)
+    if model.form == "module":
+        model.net.eval()
+        try_forward(model.net, inputs)
+    work = out.with_name(out.name + ".work")
+    with artifact.lock(out):
+        mark = workspace.fingerprint(model.net, data, resolved, seed, batch)
+        workspace.open_folder(work, mark, resume)
+        run = Run(
+            recipe=resolved,
+            inputs=inputs,
+            data=data,
+            original=model.net,
+            names=names,
+            batch=batch,
+            seed=seed,
+            fit=fit or trainer.fit,
+            work=work,
+            display=display,
+            warnings=[*model.notes, *warnings],
+        )
+        before = run.start()
+        current = before
+        stages: list[StageReport] = []
+        for index, stage in enumerate(display(resolved.stages, "stages", len(resolved.stages))):
+            current, done = run.stage(index, stage, current)
+            stages.append(done)
+            if should_stop():
+                raise KeyboardInterrupt
+        report = run.final(before, current, tuple(stages), strict)
+        report = replace(
+            report,
+            origin=model.origin,
+            command=command,
+            seconds=time.perf_counter() - started,
+        )
+        made = _write(out, run, before, current, report, mark)
+        workspace.remove(work)
+    return made
+
+
+def _resolve(
+    recipe: Recipe | str | Path, goal: Goal | None, target: Target | None, threads: int | None
+) -> Recipe:
+    """Read the recipe and let the arguments override its goal, target and threads."""
+    made = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    chosen = target or made.target
+    if threads is not None:
+        chosen = replace(chosen, options={**chosen.options, "threads": threads})
+    return replace(made, goal=goal or made.goal, target=chosen)
+
+
+def _metric_names(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
+    """List what is measured: the goal's metric and limits first, then what was asked for.
+
+    Raises:
+        RecipeError: an unknown metric, with the nearest name.
+    """
+    wanted = [] if recipe.goal is None else [recipe.goal.best, *recipe.goal.limits]
+    names = tuple(dict.fromkeys([*wanted, *asked]))
+    for name in names:
+        plugins.metric(name)
+    return names
+
+
+def _decide_on(data: Data) -> tuple[Data, list[str]]:
+    """Make sure that decisions and the final figures come from different samples."""
+    if data.test is None:
+        raise DataError("the data have no split 'test'; the final figures are measured on it")
+    warnings = splits.leaks(data)
+    if data.validation is None:
+        data, note = splits.split_validation(data)
+        warnings.append(note)
+    return data, warnings
+
+
+def _write(
+    out: Path, run: Run, before: State, after: State, report: Report, mark: Mapping[str, str]
+) -> Artifact:
+    """Write the artifact, with the untouched original beside the result."""
+    manifest = {
+        "origin": report.origin,
+        "recipe": run.recipe.plain(),
+        "inputs": {
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "dynamic": {str(k): v for k, v in run.inputs.dynamic.get(name, {}).items()},
+            }
+            for name, tensor in run.inputs.example.items()
+        },
+        "seed": run.seed,
+        "fingerprint": dict(mark),
+        "environment": environment(),
+    }
+    original = artifact.write_artifact(
+        run.work / "original-artifact",
+        files=before.candidate.files,
+        target=before.candidate.target,
+        manifest={**manifest, "recipe": {}},
+        report=replace(report, after=report.before, stages=(), ratios=(), limits=()),
+    )
+    network = (
+        []
+        if after.folder is None
+        else [after.folder / "network.json", after.folder / "weights.safetensors"]
+    )
+    return artifact.write_artifact(
+        out,
+        files=after.candidate.files,
+        target=after.candidate.target,
+        manifest=manifest,
+        report=report,
+        texts={
+            "report.md": to_markdown(report),
+            "report.zh-CN.md": to_markdown(report, lang="zh"),
+            "report.html": to_html(report),
+        },
+        folders={"original": original.path, **({"network": network} if network else {})},
+    )

@@ -1,0 +1,299 @@
+"""Plan: everything that can be checked before the first minute of work, and a forecast."""
+
+import inspect
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tersor.core import plugins
+from tersor.core.context import Batch, Data
+from tersor.core.errors import DataError, DependencyError, ModelError, RecipeError, TersorError
+from tersor.core.model import Inputs, Model, may_lower
+from tersor.core.recipe import Recipe, check_target, stage_name
+from tersor.core.runtime import Form
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would do, and about how long it takes here."""
+
+    stages: tuple[str, ...]
+    """Names, in order."""
+    metrics: tuple[str, ...]
+    """Measured after every stage and at the end."""
+    seconds: tuple[float, float]
+    """Predicted wall time: a range."""
+    memory_bytes: int
+    """Predicted peak."""
+    disk_bytes: int
+    """Predicted size of work folder and artifact."""
+    notes: tuple[str, ...]
+    """What a reader should know before starting."""
+
+
+def make_inputs(model: Model, data: Data) -> Inputs:
+    """Return how to call the network: as the source says, else from the first batch.
+
+    Raises:
+        DataError: no batches, or a batch's names are not parameters of forward.
+    """
+    batch = _first_batch(data)
+    if batch is None:
+        if model.inputs is not None:
+            return model.inputs
+        raise DataError("the data have no batches; give at least calibration or test")
+    example = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if model.form == "module":
+        _check_names(model.net, example)
+    elif model.inputs is not None:
+        strange = set(example) ^ set(model.inputs.example)
+        if strange:
+            raise DataError(
+                f"the network takes {', '.join(model.inputs.example)}; "
+                f"batches hold {', '.join(example)}"
+            )
+        return model.inputs
+    sizes = {len(tensor) for tensor in example.values() if tensor.dim()}
+    count = min(sizes, default=1)
+    if count == 1:
+        return Inputs(example=example)
+    # two samples: a batch of one would be frozen by the exporters
+    two = {n: t[:2].clone() if t.dim() and len(t) == count else t for n, t in example.items()}
+    dynamic = {n: {0: "batch"} for n, t in example.items() if t.dim() and len(t) == count}
+    return Inputs(example=two, dynamic=dynamic)
+
+
+def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out: Path) -> None:
+    """Check recipe, data, packages, device and output folder against each other.
+
+    Raises:
+        RecipeError, DataError, DependencyError, ...: every mistake found, in one message.
+    """
+    mistakes: list[TersorError] = []
+    try:
+        check_target(recipe.target)
+        runtime = plugins.runtime(recipe.target.runtime)
+        plugins.require("runtimes", recipe.target.runtime, (*runtime.to_export, *runtime.to_run))
+        if not may_lower(model.form, runtime.takes):
+            mistakes.append(
+                RecipeError(
+                    f"{recipe.target.runtime} takes a network of form {runtime.takes!r}; this one "
+                    f"is of form {model.form!r}, and forms only go module -> exported -> onnx"
+                )
+            )
+    except TersorError as error:
+        mistakes.append(error)
+    mistakes += _check_steps(model.form, recipe, data)
+    for name in metrics:
+        try:
+            needs = plugins.metric(name).needs
+            if "labels" in needs and not _has_labels(data.test):
+                mistakes.append(
+                    DataError(f"the metric {name!r} needs labels, and the test batches have none")
+                )
+        except TersorError as error:
+            mistakes.append(error)
+    if not _writable(out):
+        mistakes.append(DataError(f"the output folder {out} cannot be written"))
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        narrowest = {type(m) for m in mistakes}
+        kind = narrowest.pop() if len(narrowest) == 1 else RecipeError
+        if all(isinstance(m, DependencyError) for m in mistakes):
+            kind = DependencyError
+        raise kind("\n".join(str(m) for m in mistakes))
+
+
+def forecast(
+    model: Model, recipe: Recipe, data: Data, inputs: Inputs, metrics: Sequence[str], out: Path
+) -> Plan:
+    """Predict time, memory and disk from one timed step of the network on this machine.
+
+    Training is taken as three forward passes a sample and, for distillation, one more of the
+    teacher; measuring as one pass over validation per stage and two over test.
+    """
+    per_sample = _seconds_a_sample(model, inputs)
+    counts = {s: _count(getattr(data, s)) for s in ("calibration", "train", "validation", "test")}
+    seconds = (counts["validation"] + 2 * counts["test"]) * per_sample + 20.0
+    for stage in recipe.stages:
+        seconds += 15.0 + counts["validation"] * per_sample
+        for config in stage:
+            epochs = float(getattr(config, "epochs", 0.0))
+            needs = plugins.technique_of(config).needs
+            passes = 4.0 if "reference" in needs else 3.0
+            seconds += epochs * counts["train"] * per_sample * passes
+            if "calibration" in needs:
+                seconds += 2 * counts["calibration"] * per_sample
+    size = _bytes_of(model)
+    notes = [f"predicted from {per_sample * 1000:.2f} ms a sample in this process"]
+    if recipe.goal is None:
+        notes.append("no goal: every stage is applied as written")
+    free = shutil.disk_usage(_existing(out)).free
+    disk = size * (3 + 2 * len(recipe.stages))
+    if disk > free:
+        notes.append(f"only {free / 1e6:.0f} MB are free where {out} will be")
+    return Plan(
+        stages=tuple(stage_name(stage) for stage in recipe.stages),
+        metrics=tuple(metrics),
+        seconds=(0.5 * seconds, 2.0 * seconds),
+        memory_bytes=int(6 * size + 1e9),
+        disk_bytes=disk,
+        notes=tuple(notes),
+    )
+
+
+def _check_steps(form: Form, recipe: Recipe, data: Data) -> list[TersorError]:
+    mistakes: list[TersorError] = []
+    number = 0
+    for stage in recipe.stages:
+        for config in stage:
+            number += 1
+            try:
+                step = plugins.technique_of(config)
+            except TersorError as error:
+                mistakes.append(error)
+                continue
+            if not may_lower(form, step.form):
+                mistakes.append(
+                    RecipeError(
+                        f"step {number} ({step.name}) works on a network of form {step.form!r}, but "
+                        f"there it has form {form!r}; forms only go module -> exported -> onnx"
+                    )
+                )
+            else:
+                form = step.form
+            for need in step.needs:
+                if need in ("calibration", "train", "validation") and getattr(data, need) is None:
+                    mistakes.append(
+                        DataError(
+                            f"step {number} ({step.name}) needs {need} batches; the data have none"
+                        )
+                    )
+                if need == "labels" and not _has_labels(data.train or data.calibration):
+                    mistakes.append(
+                        DataError(
+                            f"step {number} ({step.name}) needs labels, and the batches have none"
+                        )
+                    )
+    return mistakes
+
+
+def _first_batch(data: Data) -> Batch | None:
+    for batches in (data.calibration, data.train, data.validation, data.test):
+        if batches is not None:
+            for batch in batches:
+                return batch
+    return None
+
+
+def _check_names(net: nn.Module, example: Mapping[str, Tensor]) -> None:
+    parameters = inspect.signature(net.forward).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    strange = [name for name in example if name not in parameters]
+    needed = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and name not in example
+    ]
+    if (strange and not free) or needed:
+        raise DataError(
+            f"forward takes {', '.join(parameters)}; "
+            f"the batches hold {', '.join(example) or 'nothing'}"
+            + (f"; missing: {', '.join(needed)}" if needed else "")
+        )
+
+
+def try_forward(net: nn.Module, inputs: Inputs) -> None:
+    """Call the network once.
+
+    Raises:
+        ModelError: forward fails, or its output is not finite.
+    """
+    try:
+        with torch.no_grad():
+            made = net(**inputs.example)
+    except Exception as error:
+        frame = inspect.trace()[-1]
+        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.example.items())
+        raise ModelError(
+            f"forward of {type(net).__name__} fails on the first batch ({shapes}): "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''} "
+            f"({Path(frame.filename).name}:{frame.lineno})"
+        ) from error
+    tensors = (
+        [made]
+        if isinstance(made, Tensor)
+        else list(made.values() if isinstance(made, Mapping) else made)
+    )
+    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        raise ModelError(
+            f"forward of {type(net).__name__} must return a tensor, or tensors; "
+            f"got {type(made).__name__}"
+        )
+
+
+def _has_labels(batches: Iterable[Batch] | None) -> bool:
+    if batches is None:
+        return False
+    for batch in batches:
+        return "labels" in batch
+    return False
+
+
+def _count(batches: Iterable[Batch] | None) -> int:
+    """Count samples; of a long split with a length, from its first batch."""
+    if batches is None:
+        return 0
+    first = next(iter(batches), None)
+    if first is None:
+        return 0
+    size = len(next(iter(first.values())))
+    try:
+        return size * len(batches)  # type: ignore[arg-type]  # tried
+    except TypeError:
+        return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def _seconds_a_sample(model: Model, inputs: Inputs) -> float:
+    import time
+
+    if model.form != "module":
+        return 0.005
+    with torch.no_grad():
+        model.net(**inputs.example)
+        start = time.perf_counter()
+        model.net(**inputs.example)
+        count = len(next(iter(inputs.example.values())))
+    # larger batches are about twice as fast a sample
+    return (time.perf_counter() - start) / count / 2
+
+
+def _bytes_of(model: Model) -> int:
+    if model.form == "onnx":
+        return int(model.net.ByteSize())
+    tensors = (
+        model.net.state_dict()
+        if callable(getattr(model.net, "state_dict", None))
+        else model.net.state_dict
+    )
+    return sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, Tensor))
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _writable(out: Path) -> bool:
+    parent = _existing(out)
+    return os.access(parent, os.W_OK) and (parent.is_dir() or out.is_dir())

@@ -1,0 +1,109 @@
+"""OpenVINO on the CPU."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersor.core.errors import TargetError
+from tersor.core.hardware import usable_cores
+from tersor.core.model import Inputs
+from tersor.core.runtime import Arrays, Runner, Runtime, Target
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
+    """Write `model.xml` and `model.bin`, keeping every number format as it is."""
+    del inputs
+    import openvino
+
+    with tempfile.TemporaryDirectory() as aside:
+        source = Path(aside) / "model.onnx"
+        source.write_bytes(net.SerializeToString(deterministic=True))
+        try:
+            model = openvino.convert_model(source)
+        except Exception as error:
+            raise TargetError(f"OpenVINO cannot read the network: {_plain(error)}") from error
+        file = folder / "model.xml"
+        openvino.save_model(model, file, compress_to_fp16=False)
+    return [file, file.with_suffix(".bin")]
+
+
+def load(path: Path, target: Target) -> Runner:
+    """Compile for latency, in fp32 unless a step chose another precision."""
+    import openvino
+
+    precision = str(target.options.get("precision", "fp32"))
+    if precision not in _HINTS:
+        raise TargetError(
+            f"openvino has no precision {precision!r}; use one of {', '.join(_HINTS)}"
+        )
+    core = openvino.Core()
+    if precision != "fp32":
+        able = [str(x).lower() for x in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
+        if precision not in able:
+            raise TargetError(
+                f"this processor does not compute in {precision}; OpenVINO has: {', '.join(able)}"
+            )
+    settings = {
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "INFERENCE_NUM_THREADS": target.threads or usable_cores(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        # compressed weights: no quantization of activations on the fly
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
+    try:
+        compiled = core.compile_model(str(path), "CPU", settings)
+    except Exception as error:
+        raise TargetError(f"OpenVINO cannot load {path.name}: {_plain(error)}") from error
+    return _Runner(compiled)
+
+
+class _Runner:
+    """A compiled model with one inference request for each binding."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.names = [port.get_any_name() for port in compiled.inputs]
+        self.outputs = [port.get_any_name() for port in compiled.outputs]
+
+    def bind(self, inputs: Arrays) -> Callable[[], Arrays]:
+        import openvino
+
+        request = self.compiled.create_infer_request()
+        kept = {name: np.ascontiguousarray(inputs[name]) for name in self.names}
+        for name, array in kept.items():
+            request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+
+        def call() -> Arrays:
+            assert kept  # the request reads their memory
+            try:
+                request.infer()
+            except Exception as error:
+                raise TargetError(f"OpenVINO failed while running: {_plain(error)}") from error
+            return {n: np.array(request.get_tensor(n).data) for n in self.outputs}
+
+        return call
+
+    def close(self) -> None:
+        del self.compiled
+
+
+def _plain(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+RUNTIME = Runtime(
+    takes="onnx",
+    devices=("cpu",),
+    export=export,
+    load=load,
+    options=("threads", "precision"),
+    to_export=("openvino", "onnx", "onnxscript"),
+    to_run=("openvino",),
+)

@@ -1,0 +1,42 @@
+"""PyTorch, one operator at a time, from data: graph and weights, no class, no pickle."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tersor.core.model import Inputs
+from tersor.core.runtime import Runner, Runtime, Target
+
+
+def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
+    """Write `network.json` and `weights.safetensors`."""
+    from torch import nn
+
+    from tersor.ops import capture, edits
+
+    captured = capture.capture(net, inputs)
+    edits.store(captured, nn.Module(), folder)
+    return [folder / "network.json", folder / "weights.safetensors"]
+
+
+def load(path: Path, target: Target) -> Runner:
+    """Build the graph again."""
+    from torch.fx import GraphModule
+
+    from tersor.ops import edits, torch_runner
+
+    net = edits.replay(path.parent, None)
+    assert isinstance(net, GraphModule)
+    names = [str(node.target) for node in net.graph.nodes if node.op == "placeholder"]
+    return torch_runner.TorchRunner(net, names, target)
+
+
+RUNTIME = Runtime(
+    takes="module",
+    devices=("cpu", "cuda"),
+    export=export,
+    load=load,
+    options=("threads", "precision"),
+    to_export=("torch", "safetensors"),
+    to_run=("torch", "safetensors"),
+)

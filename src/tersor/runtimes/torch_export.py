@@ -1,0 +1,47 @@
+"""PyTorch, from an exported program (`.pt2`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tersor.core.errors import TargetError
+from tersor.core.model import Inputs
+from tersor.core.runtime import Runner, Runtime, Target
+
+
+def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
+    """Write `model.pt2`, without example inputs."""
+    del inputs
+    import torch
+
+    file = folder / "model.pt2"
+    net._example_inputs = None
+    torch.export.save(net, file)
+    return [file]
+
+
+def load(path: Path, target: Target) -> Runner:
+    """Read the program after our own check of the file."""
+    import torch
+
+    from tersor.ops import pt2, torch_runner
+
+    pt2.check(path)
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise TargetError(f"torch.export cannot load {path.name}: {error}") from error
+    spec = program.call_spec.in_spec
+    names = list(spec.children_specs[1].context) if spec is not None else []
+    return torch_runner.TorchRunner(program.module(), names, target)
+
+
+RUNTIME = Runtime(
+    takes="exported",
+    devices=("cpu", "cuda"),
+    export=export,
+    load=load,
+    options=("threads", "precision"),
+    to_export=("torch",),
+    to_run=("torch",),
+)

@@ -1,0 +1,387 @@
+"""The stages of a run: apply, export, measure, judge, store."""
+
+import copy
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tersor import benchmark, workspace
+from tersor.candidate import Candidate, Scores, arrays_of, export, latencies, reopen, score
+from tersor.core import plugins
+from tersor.core.context import Context, Data, Fit, Track
+from tersor.core.errors import StepError, TersorError
+from tersor.core.hardware import environment
+from tersor.core.metric import Measurement
+from tersor.core.model import Inputs
+from tersor.core.recipe import Recipe, plain_step, stage_name
+from tersor.core.report import Ratio, Report, StageReport, Verdict
+from tersor.core.schema import Mistakes, from_plain, to_plain
+from tersor.ops import edits, losses
+from tersor.ops.lower import form_of, lower
+from tersor.verdict import SPEEDS, Decision, Evidence, check_limits, judge
+
+WEAKER_TRIES = 2
+"""How often a stage that breaks a limit is tried again, weaker."""
+SAME_OUTPUTS = 1e-3
+"""Relative root-mean-square change of the outputs that sums in another order explain."""
+STAGE_EFFECT = 0.01
+"""Smallest speed difference that a stage can be kept or dropped for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """The network at one point of the run: in memory, on the target, and what was measured."""
+
+    net: Any
+    candidate: Candidate
+    scores: Scores
+    folder: Path | None = None
+    """The finished stage that it comes from."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What stays the same over a run."""
+
+    recipe: Recipe
+    inputs: Inputs
+    data: Data
+    original: Any
+    names: tuple[str, ...]
+    batch: int
+    seed: int
+    fit: Fit
+    work: Path
+    display: Track
+    warnings: list[str] = field(default_factory=list)
+    first: State | None = None
+    """The untouched network, once it was measured."""
+
+    def start(self) -> State:
+        """Export and measure the untouched network: "before"."""
+        self.first = self._measured(self.original, self.work / "original")
+        return self.first
+
+    def stage(self, index: int, stage: tuple[Any, ...], before: State) -> tuple[State, StageReport]:
+        """Apply one stage, weaker where it is too strong, and judge it."""
+        found = workspace.finished(self.work, index)
+        if found is not None:
+            return self._restored(index, found, before)
+        started = time.perf_counter()
+        name = stage_name(stage)
+        attempts: list[Mapping[str, Any]] = []
+        for attempt in range(1 + WEAKER_TRIES):
+            folder = workspace.partial_folder(self.work, index)
+            after, facts = self._apply(index, attempt, stage, before, folder)
+            decision, measurements = self._judge(before, after)
+            verdict: Verdict = "applied"
+            if self.recipe.goal is not None and decision.keep:
+                verdict = "weakened" if attempt else "kept"
+            elif self.recipe.goal is not None:
+                verdict = "dropped"
+                attempts.append(
+                    {
+                        "settings": [plain_step(c) for c in stage],
+                        "reason": decision.reason,
+                        "measurements": to_plain(list(after.scores.measurements.values())),
+                    }
+                )
+                weaker = _weaker(stage) if decision.too_strong else None
+                if weaker is not None and attempt < WEAKER_TRIES:
+                    after.candidate.close()
+                    stage = weaker
+                    continue
+            break
+        done = StageReport(
+            name=name,
+            verdict=verdict,
+            reason=decision.reason,
+            measurements=measurements,
+            seconds=time.perf_counter() - started,
+            settings=tuple(plain_step(c) for c in stage),
+            facts=facts,
+            attempts=tuple(attempts[:-1] if verdict == "dropped" else attempts),
+        )
+        if verdict == "dropped":
+            after.candidate.close()
+            workspace.clear(folder)
+            workspace.finish(self.work, index, {"stage": done})
+            return before, done
+        workspace.clear(folder, keep=after.candidate.files[0].parent, under="target")
+        self._store(after.net, folder)
+        names = [file.name for file in after.candidate.files]
+        workspace.finish(self.work, index, {"stage": done, "target": names})
+        # what is stored is what goes on, so that a resumed run cannot differ
+        after.candidate.close()
+        return self._restored(
+            index, {"stage": to_plain(done), "target": names}, before, after.scores
+        )
+
+    def _restored(
+        self, index: int, found: Mapping[str, Any], before: State, scores: Scores | None = None
+    ) -> tuple[State, StageReport]:
+        """Open a finished stage from its folder."""
+        mistakes = Mistakes()
+        done = from_plain(StageReport, found["stage"], ("stage",), mistakes)
+        assert done is not None, mistakes.found
+        if done.verdict == "dropped":
+            return before, done
+        folder = self.work / f"{index:02d}"
+        net = self._replayed(folder)
+        files = [folder / "target" / name for name in found["target"]]
+        candidate = reopen(net, files, self.recipe.target)
+        if scores is None:
+            scores = self._scores(candidate)
+        if before is not self.first:
+            before.candidate.close()
+        return State(net=net, candidate=candidate, scores=scores, folder=folder), done
+
+    def _store(self, net: Any, folder: Path) -> None:
+        form = form_of(net)
+        if form == "module":
+            edits.store(net, self.original, folder)
+        elif form == "exported":
+            torch.export.save(net, folder / "network.pt2")
+        else:
+            (folder / "network.onnx").write_bytes(net.SerializeToString(deterministic=True))
+
+    def _replayed(self, folder: Path) -> Any:
+        if (folder / "network.json").exists():
+            return edits.replay(folder, copy.deepcopy(self.original))
+        if (folder / "network.pt2").exists():
+            return torch.export.load(folder / "network.pt2")
+        import onnx
+
+        return onnx.load(folder / "network.onnx")
+
+    def _apply(
+        self, index: int, attempt: int, stage: tuple[Any, ...], before: State, folder: Path
+    ) -> tuple[State, dict[str, Any]]:
+        net = copy.deepcopy(before.net)
+        facts: dict[str, Any] = {}
+        for number, config in enumerate(stage):
+            step = plugins.technique_of(config)
+            place = f"step {number + 1} of stage {index + 1} ({step.name})"
+            checkpoints = folder / "checkpoints" / f"{attempt}-{number}-{step.name}"
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            own: dict[str, Any] = {}
+            context = self._context(checkpoints, own)
+            torch.manual_seed(self.seed)
+            np.random.seed(self.seed)
+            try:
+                net = step.apply(lower(net, step.form, self.inputs), config, context)
+            except (TersorError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                raise StepError(f"{place}: {type(error).__name__}: {error}") from error
+            if net is None:
+                raise StepError(f"{place} returned nothing; a technique must return the network")
+            if form_of(net) == "module":
+                net.eval()
+            facts[step.name] = to_plain(own)
+        gc.collect()
+        return self._measured(net, folder / "tries" / str(attempt)), facts
+
+    def _context(self, checkpoints: Path, facts: dict[str, Any]) -> Context:
+        def timed(nets: Sequence[Any]) -> Sequence[float]:
+            return latencies(
+                nets, self.inputs, self.recipe.target, self.data, checkpoints, batch=self.batch
+            )
+
+        return Context(
+            inputs=self.inputs,
+            data=self.data.without_test(),
+            target=self.recipe.target,
+            loss=losses.task_loss(self.data),
+            fit=self.fit,
+            latency=timed,
+            work_dir=checkpoints,
+            seed=self.seed,
+            reference=self.original,
+            batch=self.batch,
+            facts=facts,
+            display=self.display,
+        )
+
+    def _measured(self, net: Any, folder: Path) -> State:
+        sample = arrays_of(next(iter(self.data.validation or ())), self.inputs.example)
+        candidate = export(net, folder, self.inputs, self.recipe.target, sample)
+        return State(net=net, candidate=candidate, scores=self._scores(candidate))
+
+    def _scores(self, candidate: Candidate) -> Scores:
+        names = [n for n in self.names if n not in SLOW or self._decides(n)]
+        reference = None if self.first is None else self.first.scores.outputs
+        return score(
+            candidate, names, "validation", self.data, batch=self.batch, reference=reference
+        )
+
+    def _decides(self, name: str) -> bool:
+        goal = self.recipe.goal
+        return goal is not None and (name == goal.best or name in goal.limits)
+
+    def _judge(self, before: State, after: State) -> tuple[Decision, tuple[Measurement, ...]]:
+        measured = tuple(after.scores.measurements.values())
+        goal = self.recipe.goal
+        if goal is None:
+            return Decision(keep=True, reason="applied as written: no goal was given"), measured
+        contest = None
+        if any(n in SPEEDS for n in (goal.best, *goal.limits)):
+            timed = self._timed("validation")
+            contest = benchmark.contest(
+                before.candidate.runner,
+                after.candidate.runner,
+                timed,
+                min_effect=STAGE_EFFECT,
+                seed=self.seed,
+            )
+        assert self.first is not None
+        quality = {}
+        if "accuracy" in self.names and before.scores.labels is not None:
+            difference, (low, high) = benchmark.paired_accuracy(
+                before.scores.outputs, after.scores.outputs, before.scores.labels
+            )
+            quality["accuracy"] = (difference, low, high)
+        scale = float(np.sqrt(np.mean(np.square(before.scores.outputs, dtype=np.float64)))) or 1.0
+        moved = after.scores.outputs.astype(np.float64) - before.scores.outputs
+        seen = Evidence(
+            original=self.first.scores.measurements,
+            before=before.scores.measurements,
+            after=after.scores.measurements,
+            contest=contest,
+            unchanged=float(np.sqrt(np.mean(np.square(moved)))) / scale <= SAME_OUTPUTS,
+            quality=quality,
+        )
+        return judge(goal, seen), measured
+
+    def _timed(self, split: str) -> list[Any]:
+        names = list(self.inputs.example)
+        batches = ({n: b[n] for n in names} for b in getattr(self.data, split))
+        return benchmark.timing_inputs(batches, self.batch)
+
+    def final(
+        self, before: State, after: State, stages: tuple[StageReport, ...], strict: bool
+    ) -> Report:
+        """Measure before and after on `test`, which no decision has seen."""
+        first = score(
+            before.candidate, self.names, "test", self.data, batch=self.batch, reference=None
+        )
+        last = score(
+            after.candidate,
+            self.names,
+            "test",
+            self.data,
+            batch=self.batch,
+            reference=first.outputs,
+        )
+        intervals: dict[str, tuple[float, float]] = {}
+        ratios = [
+            _ratio(first.measurements[n], last.measurements[n])
+            for n in self.names
+            if n not in SPEEDS
+        ]
+        if "accuracy" in self.names and first.labels is not None:
+            value = first.measurements["accuracy"].value
+            _, (low, high) = benchmark.paired_accuracy(first.outputs, last.outputs, first.labels)
+            intervals["accuracy"] = (value + low, value + high)
+            ratios = [_paired(r, value, low, high) if r.metric == "accuracy" else r for r in ratios]
+        if "latency" in self.names:
+            c = benchmark.contest(
+                before.candidate.runner, after.candidate.runner, self._timed("test"), seed=self.seed
+            )
+            word = {"faster": "better", "slower": "worse"}.get(c.verdict, c.verdict)
+            ratios.insert(
+                0,
+                Ratio(
+                    metric="latency",
+                    value=c.speedup,
+                    low=c.low,
+                    high=c.high,
+                    verdict=word,
+                    how=c.how,
+                ),
+            )
+        limits = ()
+        if self.recipe.goal is not None:
+            limits = check_limits(
+                self.recipe.goal, first.measurements, last.measurements, intervals, strict
+            )
+        return Report(
+            target=str(after.candidate.target),
+            recipe=self.recipe.plain(),
+            before=tuple(first.measurements.values()),
+            after=tuple(last.measurements.values()),
+            stages=stages,
+            ratios=tuple(ratios),
+            limits=limits,
+            reached=all(limit.holds for limit in limits),
+            warnings=(*self.warnings, *_small(first)),
+            environment={**environment(), "seed": self.seed, "batch": self.batch},
+        )
+
+
+SLOW = ("peak_memory",)
+"""Measured after every stage only where the goal speaks of them."""
+
+
+def _weaker(stage: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return the stage with every step that can be weaker weakened; None if none can."""
+    changed = False
+    made = []
+    for config in stage:
+        weaker = config.weaker() if hasattr(config, "weaker") else None
+        changed |= weaker is not None
+        made.append(config if weaker is None else weaker)
+    return tuple(made) if changed else None
+
+
+def _ratio(before: Measurement, after: Measurement) -> Ratio:
+    """Return how many times better `after` is, from two separate figures."""
+    x, y = (before, after) if before.better == "lower" else (after, before)
+    if y.value == 0:
+        same = x.value == 0
+        return Ratio(
+            metric=before.metric,
+            value=1.0 if same else 0.0,
+            low=0.0,
+            high=0.0,
+            verdict="not comparable",
+        )
+    value = x.value / y.value
+    (a, b), (c, d) = x.spread or (x.value, x.value), y.spread or (y.value, y.value)
+    low, high = a / (d or y.value), b / (c or y.value)
+    verdict = "better" if low > 1 else "worse" if high < 1 else "no difference"
+    return Ratio(
+        metric=before.metric,
+        value=value,
+        low=low,
+        high=high,
+        verdict=verdict,
+        how="from two figures",
+    )
+
+
+def _paired(ratio: Ratio, before: float, low: float, high: float) -> Ratio:
+    """Replace a quality ratio's interval by the paired one."""
+    if before == 0:
+        return ratio
+    verdict = "better" if low > 0 else "worse" if high < 0 else "no difference"
+    return replace(
+        ratio,
+        low=(before + low) / before,
+        high=(before + high) / before,
+        verdict=verdict,
+        how="paired on the same samples",
+    )
+
+
+def _small(scores: Scores) -> list[str]:
+    count = len(scores.outputs)
+    if count >= 1000:
+        return []
+    return [f"the final split has only {count} samples: a difference of one point is within noise"]

@@ -1,0 +1,111 @@
+"""What the contract tests look at: every technique, applied to the smallest network it works on."""
+
+import copy
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.core import plugins
+from tersor.core.context import Context, Data
+from tersor.core.errors import TersorError
+from tersor.core.technique import Technique
+from tersor.ops.lower import lower
+from tests import networks
+
+TECHNIQUES = list(plugins.names("techniques"))
+FACTORIES = {"cnn": networks.tiny_cnn, "transformer": networks.tiny_transformer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A technique's result, and what it was made from."""
+
+    technique: Technique
+    config: Any
+    original: nn.Module
+    """The caller's network; the technique was given a copy."""
+    before: dict[str, torch.Tensor]
+    """Its tensors as they were."""
+    result: Any
+
+
+def quick(technique: Technique) -> Any:
+    """Return the default settings, with less training."""
+    config = technique.config()
+    if any(field.name == "epochs" for field in dataclasses.fields(config)):
+        config = dataclasses.replace(config, epochs=0.2)
+    return config
+
+
+def honest_context(technique: Technique, net: nn.Module, folder: Path) -> Context:
+    """Return a context that holds what the technique says that it needs, and nothing else."""
+    needs = technique.needs
+    whole = networks.data()
+
+    def split(name: str) -> Any:
+        if name not in needs:
+            return None
+        batches = list(getattr(whole, name))
+        return batches if "labels" in needs else [{"x": batch["x"]} for batch in batches]
+
+    data = Data(**{name: split(name) for name in ("calibration", "train", "validation")})
+    return networks.context(
+        net,
+        folder,
+        data=data,
+        reference=copy.deepcopy(net) if "reference" in needs else None,
+        latency=milliseconds,
+    )
+
+
+def milliseconds(nets: Sequence[nn.Module]) -> list[float]:
+    """Time each network in memory: the best of ten calls, interleaved."""
+    x = networks.inputs().example
+    best = [float("inf")] * len(nets)
+    with torch.no_grad():
+        for _ in range(10):
+            for i, net in enumerate(nets):
+                start = time.perf_counter()
+                net(**x)
+                best[i] = min(best[i], 1000 * (time.perf_counter() - start))
+    return best
+
+
+def apply(name: str, kind: str, config: Any = None) -> Applied:
+    """Apply a technique once to a copy of one of the two small networks."""
+    technique = plugins.technique(name)
+    config = config or quick(technique)
+    original = FACTORIES[kind]()
+    before = {key: tensor.clone() for key, tensor in original.state_dict().items()}
+    given = lower(copy.deepcopy(original), technique.form, networks.inputs())
+    with tempfile.TemporaryDirectory() as folder:
+        context = honest_context(technique, original, Path(folder))
+        torch.manual_seed(1)
+        result = technique.apply(given, config, context)
+    return Applied(technique=technique, config=config, original=original, before=before, result=result)
+
+
+@cache
+def applied(name: str) -> Applied:
+    """Apply a technique to the CNN or, where it has nothing to do there, to the transformer."""
+    try:
+        return apply(name, "cnn")
+    except TersorError:
+        return apply(name, "transformer")
+
+
+def outputs(net: Any, batch: int = 4) -> torch.Tensor:
+    """Call a network in memory on real images."""
+    call = net.module() if hasattr(net, "module") and not isinstance(net, nn.Module) else net
+    with torch.no_grad():
+        made = call(x=networks.digits()[0][:batch])
+    assert isinstance(made, torch.Tensor)
+    return made
