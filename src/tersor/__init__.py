@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tersor.core.runtime import Target as Target
     from tersor.pipeline import compress as compress
     from tersor.pipeline import load as load
+    from tersor.pipeline import load_data as load_data
 
 __version__ = "0.1.0"
 _PLACES = {
@@ -37,6 +38,7 @@ _PLACES = {
     "compare": "tersor.benchmark",
     "compress": "tersor.pipeline",
     "load": "tersor.pipeline",
+    "load_data": "tersor.pipeline",
     "measure": "tersor.benchmark",
 }
 __all__ = ["__version__", *sorted(_PLACES)]

@@ -89,8 +89,8 @@ def contest(
     if found.blocks < MIN_BLOCKS:
         note += f"; only {found.blocks} blocks, of {MIN_BLOCKS} wanted, in the time given"
     how = (
-        f"median ratio of {found.blocks} interleaved blocks in {spent_s:.1f} s, 95 % block bootstrap, "
-        f"minimum effect {100 * min_effect:g} %{note}"
+        f"median ratio of {found.blocks} interleaved blocks in {spent_s:.1f} s, "
+        f"95 % block bootstrap, minimum effect {100 * min_effect:g} %{note}"
     )
     return replace(found, how=how)
 
@@ -366,7 +366,7 @@ def self_check(
 
     Returns:
         Plain data: how often b was called "faster" and "slower"; how often the interval alone (a
-        minimum effect of 0) says there is a difference; the ratios, their intervals and their errors.
+        minimum effect of 0) says there is a difference; the ratios with their intervals.
     """
     contests = []
     began = time.perf_counter()

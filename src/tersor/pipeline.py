@@ -183,6 +183,10 @@ def compress(
     return made
 
 
+_NETWORK = ("network", "weights")
+"""Stems of the files that a stage stores its network in."""
+
+
 def _resolve(
     recipe: Recipe | str | Path, goal: Goal | None, target: Target | None, threads: int | None
 ) -> Recipe:
@@ -240,25 +244,21 @@ def _write(
     original = artifact.write_artifact(
         run.work / "original-artifact",
         files=before.candidate.files,
-        target=before.candidate.target,
-        manifest={**manifest, "recipe": {}},
+        manifest={**manifest, "recipe": {}, "target": before.candidate.target},
         report=replace(report, after=report.before, stages=(), ratios=(), limits=()),
     )
-    network = (
-        []
-        if after.folder is None
-        else [after.folder / "network.json", after.folder / "weights.safetensors"]
-    )
+    folders = {"original": sorted(original.path.iterdir())}
+    if after.folder is not None:  # what a later training or run would go on from
+        folders["network"] = [f for f in sorted(after.folder.iterdir()) if f.stem in _NETWORK]
     return artifact.write_artifact(
         out,
         files=after.candidate.files,
-        target=after.candidate.target,
-        manifest=manifest,
+        manifest={**manifest, "target": after.candidate.target},
         report=report,
         texts={
             "report.md": to_markdown(report),
             "report.zh-CN.md": to_markdown(report, lang="zh"),
             "report.html": to_html(report),
         },
-        folders={"original": original.path, **({"network": network} if network else {})},
+        folders=folders,
     )

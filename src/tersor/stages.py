@@ -19,9 +19,9 @@ from tersor.core.errors import StepError, TersorError
 from tersor.core.hardware import environment
 from tersor.core.metric import Measurement
 from tersor.core.model import Inputs
-from tersor.core.recipe import Recipe, plain_step, stage_name
+from tersor.core.recipe import Recipe, stage_name, step_name
 from tersor.core.report import Ratio, Report, StageReport, Verdict
-from tersor.core.schema import Mistakes, from_plain, to_plain
+from tersor.core.schema import Mistakes, changed, from_plain, to_plain
 from tersor.ops import edits, losses
 from tersor.ops.lower import form_of, lower
 from tersor.verdict import SPEEDS, Decision, Evidence, check_limits, judge
@@ -76,8 +76,8 @@ class Run:
         started = time.perf_counter()
         name = stage_name(stage)
         attempts: list[Mapping[str, Any]] = []
+        folder = workspace.begin(self.work, index)
         for attempt in range(1 + WEAKER_TRIES):
-            folder = workspace.partial_folder(self.work, index)
             after, facts = self._apply(index, attempt, stage, before, folder)
             decision, measurements = self._judge(before, after)
             verdict: Verdict = "applied"
@@ -87,7 +87,7 @@ class Run:
                 verdict = "dropped"
                 attempts.append(
                     {
-                        "settings": [plain_step(c) for c in stage],
+                        "settings": [_settings(c) for c in stage],
                         "reason": decision.reason,
                         "measurements": to_plain(list(after.scores.measurements.values())),
                     }
@@ -104,7 +104,7 @@ class Run:
             reason=decision.reason,
             measurements=measurements,
             seconds=time.perf_counter() - started,
-            settings=tuple(plain_step(c) for c in stage),
+            settings=tuple(_settings(c) for c in stage),
             facts=facts,
             attempts=tuple(attempts[:-1] if verdict == "dropped" else attempts),
         )
@@ -168,7 +168,7 @@ class Run:
         for number, config in enumerate(stage):
             step = plugins.technique_of(config)
             place = f"step {number + 1} of stage {index + 1} ({step.name})"
-            checkpoints = folder / "checkpoints" / f"{attempt}-{number}-{step.name}"
+            checkpoints = folder / workspace.CHECKPOINTS / f"{attempt}-{number}-{step.name}"
             checkpoints.mkdir(parents=True, exist_ok=True)
             own: dict[str, Any] = {}
             context = self._context(checkpoints, own)
@@ -329,15 +329,20 @@ SLOW = ("peak_memory",)
 """Measured after every stage only where the goal speaks of them."""
 
 
+def _settings(config: Any) -> dict[str, Any]:
+    """Return a step as in a recipe: its name and the settings that are not the default."""
+    return {step_name(config): changed(config)}
+
+
 def _weaker(stage: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Return the stage with every step that can be weaker weakened; None if none can."""
-    changed = False
+    any_weaker = False
     made = []
     for config in stage:
         weaker = config.weaker() if hasattr(config, "weaker") else None
-        changed |= weaker is not None
+        any_weaker |= weaker is not None
         made.append(config if weaker is None else weaker)
-    return tuple(made) if changed else None
+    return tuple(made) if any_weaker else None
 
 
 def _ratio(before: Measurement, after: Measurement) -> Ratio:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from tersor.core import plugins
-from tersor.core.artifact import MANIFEST, Artifact
+from tersor.core.artifact import Artifact
 from tersor.core.errors import DataError, ModelError, TargetError, suggest
+from tersor.core.manifest import MANIFEST
 from tersor.core.runtime import Arrays, Runner, Target
 
 RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch_export"}

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tersor.core.context import Batch, Loss, Track, silent
 from tersor.core.errors import DataError, StepError
+from tersor.ops.precision import channels_last, gains_from_bf16
 
 _log = logging.getLogger("tersor")
 _DEFAULTS: dict[str, dict[str, float]] = {
@@ -87,8 +87,8 @@ def fit(
     per_epoch = _count(batches)
     num_steps = math.ceil(epochs * per_epoch - 1e-9)
     kind = _choose_optimizer(net) if optimizer == "auto" else optimizer
-    low = precision == "bf16" or (precision == "auto" and _gains_from_bf16(net))
-    with _threads(threads), _reproducible(seed, batches), _layout(net, low):
+    low = precision == "bf16" or (precision == "auto" and gains_from_bf16(net))
+    with _threads(threads), _reproducible(seed, batches), channels_last(net, low):
         net.train()
         made = _make_optimizer(net, kind, lr, groups)
         run = _fingerprint(net, kind, made, num_steps, seed, low)
@@ -210,27 +210,7 @@ def _batches(
             raise DataError(f"pass {epoch + 1} over the batches ended after {done} of {per_epoch}")
 
 
-# --- precision, layout, threads ------------------------------------------------------------------
-
-
-@cache
-def _computes_bf16() -> bool:
-    """Tell whether this processor multiplies bfloat16 itself; emulated, it is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _gains_from_bf16(net: nn.Module) -> bool:
-    """Tell whether mixed precision speeds up the training of a network: dense convolutions dominate."""
-    dense = sum(
-        m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups == 1
-    )
-    grouped = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in net.modules())
-    total = sum(p.numel() for p in net.parameters())
-    return _computes_bf16() and not grouped and 2 * dense > total
+# --- threads, seeds ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -263,18 +243,6 @@ def _reproducible(seed: int, batches: Any) -> Iterator[None]:
         finally:
             if hasattr(batches, "seed"):
                 batches.seed = own_seed
-
-
-@contextmanager
-def _layout(net: nn.Module, channels_last: bool) -> Iterator[None]:
-    """Keep kernels channels-last inside, which convolutions in bfloat16 are fastest with."""
-    if channels_last:
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stubs
-    try:
-        yield
-    finally:
-        if channels_last:
-            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -331,9 +299,7 @@ def _state(net: nn.Module) -> dict[str, Tensor]:
     return dict([*net.named_parameters(), *net.named_buffers()])
 
 
-def _restore(
-    path: Path, run: str, net: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
+def _restore(path: Path, run: str, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the state of the same run, if `path` holds one; return the steps done."""
     if not path.exists():
         return 0

@@ -11,6 +11,7 @@ OUT.work/
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,8 @@ from tersor.core.recipe import Recipe
 from tersor.core.runtime import Arrays
 from tersor.core.schema import to_plain
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a stage under way that outlives an interruption."""
 _PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino")
 
 
@@ -80,7 +83,7 @@ def open_folder(work: Path, wanted: Mapping[str, str], resume: bool) -> None:
     if work.exists():
         files.remove_tree(work)
     work.mkdir(parents=True)
-    files.write_file(mark, json.dumps(dict(wanted), indent=1).encode())
+    files.replace_file(mark, json.dumps(dict(wanted), indent=1).encode())
 
 
 def finished(work: Path, index: int) -> dict[str, Any] | None:
@@ -108,33 +111,46 @@ def finish(work: Path, index: int, state: Mapping[str, Any]) -> Path:
     names = sorted(str(f.relative_to(partial)) for f in partial.rglob("*") if f.is_file())
     hashes = {name: files.sha256(partial / name) for name in names}
     for name in names:
-        files.sync_file(partial / name)
+        descriptor = os.open(partial / name, os.O_RDONLY)
+        files.sync(descriptor)
+        os.close(descriptor)
     content = json.dumps({**to_plain(state), "files": hashes}, indent=1)
     files.write_file(partial / "state.json", content.encode())
-    files.replace(partial, whole)
+    files.sync_dir(partial)
+    files.rename(partial, whole)
+    files.sync_dir(work)
     return whole
 
 
-def partial_folder(work: Path, index: int) -> Path:
-    """Return the folder of a stage under way, made if it is not there."""
-    folder = work / f"{index:02d}.partial"
+def begin(work: Path, index: int) -> Path:
+    """Return the folder of a stage that starts, with nothing in it but checkpoints of a try before."""
+    folder = partial_folder(work, index)
     folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.name != CHECKPOINTS:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return folder
+
+
+def partial_folder(work: Path, index: int) -> Path:
+    """Return the name of the folder of a stage under way."""
+    return work / f"{index:02d}.partial"
 
 
 def clear(folder: Path, keep: Path | None = None, under: str = "") -> None:
     """Remove everything in a partial folder, but move the folder `keep` to `under`."""
-    if keep is not None:
-        aside = folder.with_name(folder.name + ".keep")
+    aside = folder.with_name(folder.name + ".keep")
+    if aside.exists():
         files.remove_tree(aside)
-        files.replace(keep, aside)
+    if keep is not None:
+        files.rename(keep, aside)
     for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
             entry.unlink()
     if keep is not None:
-        files.replace(aside, folder / under)
+        files.rename(aside, folder / under)
 
 
 def remove(work: Path) -> None:

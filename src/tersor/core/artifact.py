@@ -167,6 +167,7 @@ def write_artifact(
     manifest: Mapping[str, Any],
     report: Report,
     texts: Mapping[str, str] | None = None,
+    folders: Mapping[str, Sequence[Path]] | None = None,
 ) -> Artifact:
     """Write an artifact: whole, or not at all.
 
@@ -180,6 +181,7 @@ def write_artifact(
             "inputs", "outputs", "seed", "environment".
         report: Becomes report.json.
         texts: Further reports, by file name.
+        folders: Further files, by the name of the folder inside `out` that they go into.
 
     Raises:
         ArtifactError: `out` is something else, another process writes it, or the disk refuses; what
@@ -188,13 +190,15 @@ def write_artifact(
     out = _resolve(out)
     plain = make(manifest, files)
     written = {**(texts or {}), REPORT: _json(to_plain(report))}
-    check_names([f.name for f in files], list(written))
+    inner = {f"{name}/{f.name}": f for name, group in (folders or {}).items() for f in group}
+    check_names([*(f.name for f in files), *inner], list(written))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with lock(out, wait_s=_WAIT_S):
             check_out(out)
             _clear(out)
-            _write_beside(out, files, written, plain)
+            copied = {**{f.name: f for f in files}, **inner}
+            _write_beside(out, copied, written, plain)
     except OSError as error:
         raise _disk_error(out, error) from error
     return Artifact.open(out)
@@ -218,7 +222,7 @@ def check_out(out: Path) -> None:
     if not present:
         return
     try:
-        known = {*read(out)["files"], MANIFEST}
+        known = {*(name.partition("/")[0] for name in read(out)["files"]), MANIFEST}
     except ArtifactError as error:
         raise ArtifactError(
             f"output {str(out)!r} exists and is not an artifact ({len(present)} entries, "
@@ -232,15 +236,18 @@ def check_out(out: Path) -> None:
 
 
 def _write_beside(
-    out: Path, files: Sequence[Path], texts: Mapping[str, str], manifest: dict[str, Any]
+    out: Path, files: Mapping[str, Path], texts: Mapping[str, str], manifest: dict[str, Any]
 ) -> None:
     """Write everything to OUT.tmp-..., then let the two change names."""
     beside = disk.beside_name(out, "tmp")
     try:
         disk.make_dir(beside)
-        for file in files:
-            digest, size = disk.copy_file(file, beside / file.name)
-            manifest["files"][file.name] = {"sha256": digest, "bytes": size}
+        folders = {name.partition("/")[0] for name in files if "/" in name}
+        for name in sorted(folders):
+            disk.make_dir(beside / name)
+        for name, file in files.items():
+            digest, size = disk.copy_file(file, beside / name)
+            manifest["files"][name] = {"sha256": digest, "bytes": size}
         for name, text in texts.items():
             data = text.encode("utf-8")
             manifest["files"][name] = {
@@ -248,6 +255,8 @@ def _write_beside(
                 "bytes": len(data),
             }
         disk.write_file(beside / MANIFEST, _json(manifest).encode("utf-8"))
+        for name in sorted(folders):
+            disk.sync_dir(beside / name)
         disk.sync_dir(beside)
         if not out.exists():
             disk.rename(beside, out)

@@ -41,11 +41,17 @@ def check_names(files: Sequence[str], texts: Sequence[str]) -> None:
     """Refuse names that leave the directory, and names that occur twice (on any system)."""
     seen: set[str] = set()
     for name in [*files, *texts]:
-        if not _is_plain(name):
+        if not _stays_inside(name):
             raise ArtifactError(f"{name!r} cannot be a file name in an artifact")
         if name.casefold() in seen | {MANIFEST}:
             raise ArtifactError(f"two files of the artifact are called {name!r}")
         seen.add(name.casefold())
+
+
+def _stays_inside(name: Any) -> bool:
+    """Tell whether a name is a file, or a file in a folder, of the artifact."""
+    parts = name.split("/") if isinstance(name, str) else [name]
+    return len(parts) <= 2 and all(_is_plain(part) for part in parts)
 
 
 def _is_plain(name: Any) -> bool:
@@ -112,7 +118,7 @@ def _problem(raw: Any) -> str:
         )
     entries, model = raw.get("files"), raw.get("model")
     if not isinstance(entries, dict) or not all(
-        _is_plain(n) and _is_entry(e) for n, e in entries.items()
+        _stays_inside(n) and _is_entry(e) for n, e in entries.items()
     ):
         return "has a list of files that makes no sense"
     if not isinstance(model, list) or not model or not all(name in entries for name in model):

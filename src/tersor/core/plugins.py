@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, requires
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -74,11 +74,44 @@ def module(kind: str, name: str) -> ModuleType:
 def missing(kind: str, name: str, package: str) -> DependencyError:
     """Build the error that says which package to install for a plugin."""
     package = package.partition(".")[0]
-    extra = name if kind == "runtimes" and package != "torch" else "torch"
     return DependencyError(
         f"{kind[:-1]} {name!r} needs the package {package!r}. "
-        f"Install it with: pip install 'tersor[{extra}]'"
+        f"Install it with: {install_line(name, package)}"
     )
+
+
+def install_line(name: str, package: str) -> str:
+    """Say how to install a package that the plugin `name` imports.
+
+    The extra named like the plugin where it brings the package, else the one that does; the package
+    alone where none does.
+    """
+    brought = {extra: _named(lines) for extra, lines in _extras().items()}
+    close = [extra for extra in (name, package) if package in brought.get(extra, ())]
+    other = [extra for extra, packages in brought.items() if package in packages]
+    own = [name] if name in brought else []
+    found = [*close, *other, *own]
+    return f"pip install 'tersor[{found[0]}]'" if found else f"pip install {package}"
+
+
+def _named(lines: list[str]) -> set[str]:
+    return {line.partition(">")[0].partition("=")[0].partition("[")[0] for line in lines}
+
+
+@cache
+def _extras() -> dict[str, list[str]]:
+    """Read the extras from the installed package's own description; not those for developers."""
+    try:
+        lines = requires("tersor") or []
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        package, _, marker = line.partition(";")
+        extra = marker.partition("extra ==")[2].strip().strip("\"'")
+        if extra and extra not in ("dev", "docs"):
+            found.setdefault(extra, []).append(package.strip())
+    return found
 
 
 @cache

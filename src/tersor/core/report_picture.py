@@ -178,26 +178,32 @@ def _path(across: _Axis, up: _Axis, shown: Sequence[Point]) -> str:
 def _circles(across: _Axis, up: _Axis, shown: Sequence[Point]) -> list[str]:
     """Draw the points, each label where it covers no other."""
     largest = max((p.area.value for p in shown if p.area is not None), default=0.0)
-    taken: list[tuple[float, float, float]] = []
-    drawn = []
+    discs = []
     for point in shown:
-        share = (
-            math.sqrt(max(point.area.value, 0.0) / largest) if point.area and largest > 0 else 0.4
-        )
+        share = math.sqrt(max(point.area.value, 0) / largest) if point.area and largest > 0 else 0.4
         radius = max(_SMALLEST, _LARGEST * share)
-        x, y = across.at(point.x.value), up.at(point.y.value)
+        discs.append((across.at(point.x.value), up.at(point.y.value), radius))
+    # half a width and half a height around each disc and each label
+    taken = [(x, y, radius, radius) for x, y, radius in discs]
+    drawn = []
+    for point, (x, y, radius) in zip(shown, discs, strict=True):
         half = 4 + 3.6 * len(_short(point, "en"))
-        places = [(0, -radius - 6), (0, radius + 15), (radius + half, 4), (-radius - half, 4)]
+        right, left = (radius + half + 3, 4), (-radius - half - 3, 4)
+        places = [(0, -radius - 6), (0, radius + 15), right, left]
         places += [(0, -radius - 22), (0, radius + 31)]
-        free = (
-            p
-            for p in places
-            if all(abs(x + p[0] - u) > half + w or abs(y + p[1] - v) > 13 for u, v, w in taken)
-        )
-        dx, dy = next(free, places[0])
-        taken.append((x + dx, y + dy, half))
-        drawn.append(_circle(point, (x, y, radius), (x + dx, y + dy), across, up))
+        near = ((x + dx, y + dy) for dx, dy in places)
+        free = (p for p in near if not any(_covers(p, half, box) for box in taken))
+        label = next(free, (x, y - radius - 6))
+        taken.append((label[0], label[1] - 4, half, 6.0))
+        drawn.append(_circle(point, (x, y, radius), label, across, up))
     return drawn
+
+
+def _covers(
+    label: tuple[float, float], half: float, box: tuple[float, float, float, float]
+) -> bool:
+    x, y, width, height = box
+    return abs(label[0] - x) < half + width and abs(label[1] - 4 - y) < 6 + height
 
 
 def _circle(

@@ -37,8 +37,14 @@ class Pair:
     after: Measurement | None
     ratio: Ratio | None
     """Re-measured interleaved, where the run did so."""
-    points: tuple[float, float] | None
-    """Paired 95 % interval of the change in points, where the run has one."""
+
+    @property
+    def points(self) -> tuple[float, float] | None:
+        """Return the paired 95 % interval of the change in points, where the run has one."""
+        if self.before is None or self.ratio is None or not self.ratio.how.startswith("paired"):
+            return None
+        value = self.before.value
+        return value * (self.ratio.low - 1), value * (self.ratio.high - 1)
 
     @property
     def any(self) -> Measurement:
@@ -51,7 +57,6 @@ class Pair:
 def pairs(report: Report) -> list[Pair]:
     """Join before and after by metric, in the order measured; repeated metrics keep their rank."""
     ratios = {ratio.metric: ratio for ratio in report.ratios}
-    points = {limit.metric: limit.interval for limit in report.limits}
     keys = list(dict.fromkeys([*_ranked(report.before), *_ranked(report.after)]))
     before, after = _ranked(report.before), _ranked(report.after)
     return [
@@ -60,7 +65,6 @@ def pairs(report: Report) -> list[Pair]:
             before=before.get((name, rank)),
             after=after.get((name, rank)),
             ratio=ratios.get(name) if rank == 0 else None,
-            points=points.get(name) if rank == 0 else None,
         )
         for name, rank in keys
     ]
@@ -96,7 +100,7 @@ def change(pair: Pair, lang: Language = "en") -> str:
             return text
         low, high = (f"{end:+.2f}" for end in pair.points)
         return f"{text} ({say('interval', lang, low=low, high=high)})"
-    if pair.ratio is not None:
+    if pair.ratio is not None and pair.ratio.value > 0:
         return _ratio(pair.metric, pair.ratio.value, lang, pair.ratio)
     value = gain(pair.before.value, pair.after.value, pair.after.better)
     return "-" if value is None else _ratio(pair.metric, value, lang)
@@ -110,6 +114,8 @@ def gain(before: float, after: float, better: Better) -> float | None:
 
 def _ratio(metric: str, value: float, lang: Language, ratio: Ratio | None = None) -> str:
     if ratio is not None and ratio.verdict == "no difference":
+        if ratio.low == ratio.high:
+            return say("same", lang)
         low, high = ratio_digits(ratio.low), ratio_digits(ratio.high)
         return f"{say('same', lang)} ({say('interval', lang, low=low, high=high)})"
     good, bad = _WORDS.get(metric, ("better", "worse"))
@@ -128,14 +134,11 @@ def _ratio(metric: str, value: float, lang: Language, ratio: Ratio | None = None
 
 
 def limited(limit: LimitReport, lang: Language = "en") -> str:
-    """Write what a limit met: "88.10 % (-1.02 to -0.50 points)"."""
+    """Write what a limit met: "88.10 % (87.74 to 88.46)"."""
     text = human(limit.value, limit.unit)
     if limit.interval is None:
         return text
-    if limit.unit != "%":
-        return f"{text} ({human_interval(limit.interval, limit.unit, limit.value, lang)})"
-    low, high = (f"{end:+.2f}" for end in limit.interval)
-    return f"{text} ({say('points', lang, points=say('interval', lang, low=low, high=high))})"
+    return f"{text} ({human_interval(limit.interval, limit.unit, limit.value, lang)})"
 
 
 def headline(report: Report, lang: Language = "en") -> str:

@@ -1,6 +1,7 @@
 """Tell what a file really is, by its first bytes; its name may lie."""
 
 import zipfile
+from io import BytesIO
 from pathlib import Path
 
 _MAGIC = (
@@ -95,10 +96,11 @@ def foreign(path: Path, wanted: str = "") -> str:
     return reasons.get(found, f"is {found}, whatever its name says")
 
 
-def zip_problem(path: Path) -> str:
+def zip_problem(file: Path | BytesIO) -> str:
     """Say what makes a zip archive unsafe to unpack: names, number, sizes, ratio; or nothing."""
+    packed = len(file.getbuffer()) if isinstance(file, BytesIO) else file.stat().st_size
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
         return f"is a damaged zip archive: {error}"
@@ -117,7 +119,7 @@ def zip_problem(path: Path) -> str:
         if entry.external_attr >> 28 not in (0, 8, 4):  # file type of the mode: regular or folder
             return f"has an entry that is a link or a device: {name[:80]!r}"
         names.add(name)
-    unpacked, packed = sum(e.file_size for e in entries), path.stat().st_size
+    unpacked = sum(e.file_size for e in entries)
     if unpacked > MAX_UNPACKED:
         return f"unpacks to {unpacked / 2**30:.0f} GiB, more than {MAX_UNPACKED >> 30} GiB"
     if unpacked > SMALL and unpacked > MAX_RATIO * packed:

@@ -6,7 +6,8 @@ conversion to float and back, more than the integer layer saves. So every tensor
 operators is rounded, once:
 
 - inputs of convolutions and linear layers;
-- outputs of convolutions, after the ReLU, ReLU6 or clamp that runtimes fuse into them, never before it;
+- outputs of convolutions, after the ReLU, ReLU6 or clamp that runtimes fuse into them, never before it
+  (but not where only reshaping follows, as where patches become the tokens of a transformer);
 - both inputs and the output of an addition that joins convolutions (its ReLU again included);
 - inputs and output of a concatenation, all with one scale;
 - what merely moves or selects numbers (max pooling, padding with zeros, slicing, reshaping, nearest
@@ -168,8 +169,7 @@ class _Placement:
             kind = self.kinds[node]
             if kind == "layer":
                 round_for(_first(node), node)
-                ends = any(user.op == "output" for user in self._tail(node).users)
-                if self._is_convolution(node) and (self._wanted(node) or not ends):
+                if self._is_convolution(node) and self._writes_codes(node):
                     round_all(self._tail(node))
             elif not (self.integer[node] and self._wanted(node)):
                 continue
@@ -270,6 +270,17 @@ class _Placement:
                 for user in node.users
             )
         return self.wanted_memo[node]
+
+    def _writes_codes(self, node: fx.Node) -> bool:
+        """Tell whether a convolution's output is rounded.
+
+        Also where float operators such as SiLU follow: ONNX Runtime has no integer convolution that
+        writes float. Not before the output of the network, nor where patches become float tokens.
+        """
+        users = self._tail(node).users
+        return self._wanted(node) or all(
+            user.op != "output" and self.kinds[user] == "other" for user in users
+        )
 
     def _tail(self, node: fx.Node) -> fx.Node:
         """Return the activation that runtimes fuse into `node`, or `node`."""

@@ -1,7 +1,7 @@
 """Check a safetensors file strictly before anything reads it.
 
-Source: the format's own description (safetensors README, "Format"): 8 bytes of header length, a JSON
-header, then the data without holes. Each way of breaking it has a message of its own.
+Source: the format's own description (safetensors README, "Format"): 8 bytes of header length, a
+JSON header, then the data without holes. Each way of breaking it has a message of its own.
 """
 
 import json

@@ -49,8 +49,8 @@ def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...
     """
     if file.suffix.lower() in _PICKLED:
         raise ModelError(
-            f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when they are "
-            f"loaded, and are not read; {_CONVERT}"
+            f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when loaded, "
+            f"and are not read; {_CONVERT}"
         )
     _safetensors.check(file)
     from safetensors.torch import load_file
@@ -87,8 +87,8 @@ def check_finite(entries: Iterable[tuple[str, Tensor]], where: str) -> None:
     bad = [name for name, tensor in entries if not _finite(tensor)]
     if bad:
         raise ModelError(
-            f"{where} has NaN or infinite values in {len(bad)} tensor{'s' * (len(bad) > 1)}: {shorten(bad)}; "
-            "train or repair it first, compressing it would hide the damage"
+            f"{where} has NaN or infinite values in {len(bad)} tensor{'s' * (len(bad) > 1)}: "
+            f"{shorten(bad)}; train or repair it first, compressing it would hide the damage"
         )
 
 
@@ -113,7 +113,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> _Fit:
-    """Compare names and shapes. Batch counters may be missing, and so may one name of a tied tensor."""
+    """Compare names and shapes; batch counters may be missing, and one name of a tied tensor."""
     both = [name for name in wanted if name in given]
     present = {_place(wanted[name]) for name in both}
     missing = [
@@ -178,7 +178,7 @@ def _say_prefix(remove: str, add: str) -> str:
 def _moves(
     given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], fit: _Fit
 ) -> list[tuple[str, str]]:
-    """Pair unexpected with missing layers of the same suffix and shapes: "old.layer" -> "new.layer"."""
+    """Pair unexpected with missing layers of the same suffix and shape."""
     moves: Counter[tuple[str, str]] = Counter()
     for name in fit.unexpected:
         same = [m for m in fit.missing if wanted[m].shape == given[name].shape]
@@ -239,8 +239,8 @@ def _left_out(
 ) -> list[str]:
     kept = len(fit.missing) + len(fit.wrong)
     return [
-        f"weights {file.name!r} loaded partially, {len(fit.good)} entries; {kept} keep the values of "
-        f"the network's code. {'; '.join(_lists(given, wanted, fit))}"
+        f"weights {file.name!r} loaded partially, {len(fit.good)} entries; {kept} keep the values "
+        f"of the network's code. {'; '.join(_lists(given, wanted, fit))}"
     ]
 
 

@@ -1,0 +1,278 @@
+"""`tersor compress` and `tersor demo`."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor._cli_talk import (
+    Progress,
+    colored,
+    interruptible,
+    paragraph,
+    show,
+    show_json,
+    table,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from tersor.core.goal import Goal
+    from tersor.core.recipe import Recipe
+    from tersor.core.report import Report
+    from tersor.plan import Plan
+
+METRICS = ("size", "latency", "fidelity")
+"""Measured besides those of the goal and of --metric."""
+_ONCE = ("--resume", "--dry-run", "--json", "--debug")
+
+
+def compress(
+    model: str,
+    *,
+    words: Sequence[str],
+    data: str,
+    recipe: str | None,
+    again: Path | None,
+    target: str | None,
+    best: str | None,
+    limits: Sequence[str],
+    metrics: Sequence[str],
+    out: Path,
+    batch: int | None,
+    threads: int | None,
+    seed: int | None,
+    weights: Path | None,
+    partial: bool,
+    fit: str | None,
+    quality: str | None,
+    strict: bool,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Compress a network as the words say.
+
+    Returns:
+        The exit code: 1 where a limit is not reached, 130 where it was interrupted.
+    """
+    earlier = _earlier(again) if again is not None else {}
+    chosen = _recipe(recipe, earlier, again, target)
+    goal = _goal(chosen.goal, best, limits)
+    _check_names(goal, metrics)
+    # from here on torch is needed: everything above answers at once
+    from tersor import pipeline
+    from tersor.core.errors import DataError
+    from tersor.core.imports import import_object
+
+    loaded = pipeline.load(model, weights=weights, partial=partial)
+    for note in loaded.notes:
+        tell(note)
+    batches = pipeline.load_data(data)
+    if quality is not None:
+        made = import_object(quality, error=DataError, what="quality function")
+        batches = replace(batches, quality=made)
+    wanted: dict[str, Any] = {
+        "data": batches,
+        "goal": goal,
+        "metrics": tuple(dict.fromkeys([*METRICS, *metrics, *earlier.get("metrics", ())])),
+        "out": out,
+    }
+    if dry_run:
+        return _show_plan(pipeline.plan(loaded, chosen, **wanted), as_json)
+    try:
+        with interruptible() as should_stop:
+            artifact = pipeline.compress(
+                loaded,
+                chosen,
+                **wanted,
+                fit=None if fit is None else import_object(fit, error=DataError, what="trainer"),
+                seed=earlier.get("seed", 0) if seed is None else seed,
+                threads=threads,
+                batch=batch or earlier.get("batch", 1),
+                resume=resume,
+                strict=strict,
+                command=_command(words),
+                display=Progress(),
+                should_stop=should_stop,
+            )
+    except KeyboardInterrupt:
+        tell(f"interrupted; go on with:\n{_command([*words, '--resume'], keep=('--resume',))}")
+        return 130
+    if as_json:
+        show((artifact.path / "report.json").read_text(encoding="utf-8").rstrip())
+    else:
+        show(summary(artifact.report, artifact.path))
+    return 0 if artifact.report.reached else 1
+
+
+def demo(
+    *,
+    words: Sequence[str],
+    out: Path,
+    target: str | None,
+    threads: int | None,
+    resume: bool,
+    as_json: bool,
+) -> int:
+    """Compress the network that ships with tersor, on real digits."""
+    tell("compressing a small residual network for handwritten digits; every step is measured")
+    return compress(
+        "tersor.demo.network:trained",
+        words=words,
+        data="digits",
+        recipe="demo",
+        again=None,
+        target=target,
+        best=None,
+        limits=(),
+        metrics=("accuracy",),
+        out=out,
+        batch=None,
+        threads=threads,
+        seed=None,
+        weights=None,
+        partial=False,
+        fit=None,
+        quality=None,
+        strict=False,
+        resume=resume,
+        dry_run=False,
+        as_json=as_json,
+    )
+
+
+def _recipe(
+    name: str | None, earlier: Mapping[str, Any], again: Path | None, target: str | None
+) -> "Recipe":
+    """Read the recipe that the words name; a target in the words replaces the recipe's."""
+    from tersor.core.errors import RecipeError
+    from tersor.core.recipe import Recipe, check_target, find, read_yaml, recipes
+    from tersor.core.runtime import Target
+
+    try:
+        asked = None if target is None else Target.parse(target)
+    except ValueError as error:
+        raise RecipeError(f"--target: {error}") from error
+    if asked is not None:
+        check_target(asked)
+    if (name is None) == (again is None):
+        raise RecipeError(
+            f"give either --recipe or --again; recipes of the package: {', '.join(recipes())}"
+        )
+    if name is None:
+        made = Recipe.parse(earlier["recipe"], where=f"{again}/manifest.json")
+    else:
+        raw, _ = read_yaml(find(name))
+        if asked is not None and isinstance(raw, Mapping) and "target" not in raw:
+            return Recipe.parse({**raw, "target": str(asked)}, where=find(name).name)
+        made = Recipe.load(name)
+    if asked is None:
+        return made
+    same = asked.runtime == made.target.runtime
+    return replace(made, target=replace(asked, options=made.target.options if same else {}))
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    """Read what an artifact says about the run that made it."""
+    from tersor.core.artifact import Artifact
+
+    artifact = Artifact.open(folder)
+    environment = artifact.report.environment
+    return {
+        "recipe": artifact.recipe,
+        "seed": int(artifact.manifest.get("seed", 0)),
+        "batch": int(environment.get("batch", 1)),
+        "metrics": [measurement.metric for measurement in artifact.report.after],
+    }
+
+
+def _goal(given: "Goal | None", best: str | None, limits: Sequence[str]) -> "Goal | None":
+    """Let the words override the recipe's goal, limit by limit."""
+    from tersor.core.errors import RecipeError
+    from tersor.core.goal import Goal
+
+    if best is None and not limits:
+        return given
+    asked = {}
+    for text in limits:
+        name, equals, limit = text.partition("=")
+        if not (name and equals and limit):
+            raise RecipeError(
+                f"--limit {text!r} must be METRIC=LIMIT, such as accuracy=-1pt or size=25%"
+            )
+        asked[name.strip()] = limit.strip()
+    base = given or Goal()
+    try:
+        return Goal(best=best or base.best, limits={**base.limits, **asked})
+    except ValueError as error:
+        raise RecipeError(f"--limit: {error}") from error
+
+
+def _check_names(goal: "Goal | None", metrics: Sequence[str]) -> None:
+    """Refuse unknown metrics at once, all of them."""
+    from tersor.core import plugins
+    from tersor.core.errors import RecipeError, suggest
+
+    known = plugins.names("metrics")
+    places = [("--metric", name) for name in metrics]
+    if goal is not None:
+        places += [("--best", goal.best), *(("--limit", name) for name in goal.limits)]
+    mistakes = [
+        f"{place}: unknown metric {name!r}.{suggest(name, known)} `tersor list metrics` shows all"
+        for place, name in places
+        if name not in known
+    ]
+    if mistakes:
+        raise RecipeError(*mistakes)
+
+
+def _command(words: Sequence[str], keep: Sequence[str] = ()) -> str:
+    """Write what was typed, without the words that only matter once."""
+    kept = [word for word in words if word not in _ONCE]
+    return shlex.join(["tersor", *kept, *keep])
+
+
+def _show_plan(plan: "Plan", as_json: bool) -> int:
+    from tersor.core.report_words import human, human_seconds
+
+    if as_json:
+        show_json({"plan": plan})
+        return 0
+    short, long = (human_seconds(seconds) for seconds in plan.seconds)
+    rows = [
+        ("stages", " > ".join(plan.stages)),
+        ("measured", ", ".join(plan.metrics)),
+        ("time", f"{short} to {long}"),
+        ("memory", f"up to {human(plan.memory_bytes, 'B')}"),
+        ("disk", f"up to {human(plan.disk_bytes, 'B')}"),
+        *(("note", note) for note in plan.notes),
+    ]
+    show(table(("plan", ""), rows))
+    return 0
+
+
+def summary(report: "Report", place: Path) -> str:
+    """Write what a run came to, for a terminal."""
+    from tersor.core.report_view import change, figure, headline, limited, pairs
+    from tersor.core.report_words import human, human_seconds, metric_word
+
+    parts = [headline(report), ""]
+    rows = [
+        (metric_word(p.metric), figure(p.before), figure(p.after), change(p)) for p in pairs(report)
+    ]
+    parts += [table(("metric", "before", "after", "change"), rows), ""]
+    for number, stage in enumerate(report.stages, 1):
+        word = colored(stage.verdict)
+        parts.append(f"{number}. {stage.name}: {word} ({human_seconds(stage.seconds)})")
+        parts.append(paragraph(stage.reason))
+    if report.limits:
+        parts.append("")
+    for limit in report.limits:
+        word = colored("holds" if limit.holds else "not reached")
+        bound = human(limit.bound, limit.unit)
+        parts.append(f"limit {limit.metric} {limit.text}: {word}; {limited(limit)}, bound {bound}")
+    parts += [paragraph(f"warning: {text}", "") for text in report.warnings]
+    parts += ["", f"artifact: {place}", f"report:   {place / 'report.html'}"]
+    return "\n".join(parts)

@@ -1,0 +1,215 @@
+"""`tersor measure` and `tersor compare`."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
+
+if TYPE_CHECKING:
+    from tersor.core.metric import Measurement
+    from tersor.core.runtime import Target
+    from tersor.core.statistics import Comparison
+
+METRICS = ("size", "latency")
+_GATES: Mapping[str, tuple[str, ...]] = {
+    "faster": ("faster",),
+    "not-slower": ("faster", "no difference"),
+}
+_RUN_FILES = (".onnx", ".xml", ".pt2")
+
+
+def measure(
+    subject: str,
+    *,
+    data: str | None,
+    target: str | None,
+    metrics: Sequence[str],
+    batch: int,
+    threads: int | None,
+    split: str,
+    weights: Path | None,
+    partial: bool,
+    as_json: bool,
+) -> int:
+    """Measure what the words name.
+
+    A folder or a model file is measured as it is; a network in Python is exported first.
+    """
+    from tersor.core import plugins
+
+    names = tuple(dict.fromkeys(metrics)) or METRICS
+    for name in names:
+        plugins.metric(name)
+    asked = _target(target)
+    path = Path(subject)
+    if path.is_dir() or path.suffix in _RUN_FILES:
+        from tersor import benchmark
+
+        batches = None if data is None else _data(data)
+        found = benchmark.measure(
+            subject, names, data=batches, target=asked, batch=batch, threads=threads, split=split
+        )
+    else:
+        found = _exported(subject, names, data, asked, batch, threads, split, weights, partial)
+    if as_json:
+        show_json({"subject": subject, "measurements": found})
+    else:
+        show(_figures(found))
+    return 0
+
+
+def _exported(
+    subject: str,
+    names: tuple[str, ...],
+    data: str | None,
+    target: "Target | None",
+    batch: int,
+    threads: int | None,
+    split: str,
+    weights: Path | None,
+    partial: bool,
+) -> "tuple[Measurement, ...]":
+    """Export a network to the target, into a folder that is removed again, and measure it there."""
+    from dataclasses import replace
+
+    from tersor import pipeline
+    from tersor.candidate import arrays_of, export, score
+    from tersor.core.errors import DataError
+    from tersor.core.runtime import Target
+    from tersor.plan import make_inputs, try_forward
+
+    chosen = target or Target(runtime="onnxruntime")
+    if threads is not None:
+        chosen = replace(chosen, options={**chosen.options, "threads": threads})
+    model = pipeline.load(subject, weights=weights, partial=partial)
+    for note in model.notes:
+        tell(note)
+    if data is None:
+        raise DataError(
+            "a network in Python is measured on data; give --data, such as FILE.py:FUNCTION"
+        )
+    batches = _data(data)
+    inputs = make_inputs(model, batches)
+    if model.form == "module":
+        try_forward(model.net, inputs)
+    with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
+        first = next(iter(getattr(batches, split, None) or ()), None)
+        if first is None:
+            raise DataError(f"the data have no split {split!r} to measure on")
+        sample = arrays_of(first, inputs.example)
+        candidate = export(model.net, Path(folder), inputs, chosen, sample)
+        try:
+            scores = score(candidate, names, split, batches, batch=batch, reference=None)
+        finally:
+            candidate.close()
+    return tuple(scores.measurements.values())
+
+
+def compare(
+    a: str,
+    b: str | None,
+    *,
+    data: str | None,
+    target: str | None,
+    batch: int,
+    threads: int | None,
+    min_effect: float,
+    budget_s: float,
+    aa: int,
+    gate: str | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Time two artifacts or model files against each other.
+
+    Returns:
+        The exit code: 1 where `gate` asks for more than what was found.
+    """
+    from tersor.core.errors import RecipeError, suggest
+
+    if gate is not None and gate not in _GATES:
+        raise RecipeError(
+            f"--gate {gate!r} is neither faster nor not-slower.{suggest(gate, _GATES)}"
+        )
+    if b is None and not aa:
+        raise RecipeError("give a second artifact or model file, or --aa N to check A with itself")
+    from tersor import benchmark
+
+    found = benchmark.compare(
+        a,
+        a if b is None else b,
+        data=None if data is None else _data(data),
+        target=_target(target),
+        batch=batch,
+        threads=threads,
+        min_effect=min_effect,
+        budget_s=budget_s,
+        aa=aa,
+        seed=seed,
+    )
+    if as_json:
+        show_json({"a": a, "b": a if b is None else b, "comparison": found})
+    else:
+        show(_verdict(found))
+    for text in found.warnings:
+        tell(f"warning: {text}")
+    return 0 if gate is None or (found.verdict in _GATES[gate] and found.stable) else 1
+
+
+def _verdict(found: "Comparison") -> str:
+    from tersor.core.report_words import human, ratio_digits
+
+    low, high = ratio_digits(found.low), ratio_digits(found.high)
+    parts = [
+        f"{colored(found.verdict)}: B is {ratio_digits(found.speedup)}x as fast ({low} to {high})",
+        table(
+            ("", "median of a batch"),
+            [("A", human(found.a_ms, "ms")), ("B", human(found.b_ms, "ms"))],
+        ),
+        paragraph(found.how, ""),
+    ]
+    if found.self_check is not None:
+        parts.append(_checked(found.self_check))
+    return "\n".join(parts)
+
+
+def _checked(check: Mapping[str, Any]) -> str:
+    count = check["repetitions"]
+    wrong = check["faster"] + check["slower"]
+    worst = 100 * check["worst_error"]
+    return (
+        f"self check: A against itself {count} times: {wrong} called different "
+        f"(minimum effect {100 * check['min_effect']:g} %), {check['interval_without_1']} with a "
+        f"minimum effect of 0; worst ratio off by {worst:.2f} %"
+    )
+
+
+def _figures(found: "Sequence[Measurement]") -> str:
+    from tersor.core.report_view import figure
+    from tersor.core.report_words import metric_word
+
+    rows = [(metric_word(m.metric), figure(m), m.how) for m in found]
+    return table(("metric", "value", "how"), rows)
+
+
+def _target(text: str | None) -> "Target | None":
+    from tersor.core.errors import RecipeError
+    from tersor.core.recipe import check_target
+    from tersor.core.runtime import Target
+
+    if text is None:
+        return None
+    try:
+        made = Target.parse(text)
+    except ValueError as error:
+        raise RecipeError(f"--target: {error}") from error
+    check_target(made)
+    return made
+
+
+def _data(text: str) -> Any:
+    from tersor import pipeline
+
+    return pipeline.load_data(text)

@@ -1,0 +1,424 @@
+"""The command line: parses words, nothing else. What a verb does is in `_cli_*.py`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+VERBS = ("compress", "measure", "compare", "run", "list", "show", "inspect", "doctor", "demo")
+KINDS = ("techniques", "recipes", "runtimes", "metrics", "sources", "datasets")
+
+
+def _example(*lines: str) -> str:
+    """End a help text with lines to paste, which are not wrapped."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+app = typer.Typer(
+    name="tersor",
+    help="Make a trained neural network smaller and faster for a named target, inside your limits, "
+    "with a measured verdict on every step.",
+    epilog=_example("tersor demo"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _names(kind: str) -> list[str]:
+    from tersor.core import plugins
+    from tersor.core.recipe import recipes
+
+    if kind == "any":
+        return sorted({name for each in KINDS for name in _names(each)})
+    return recipes() if kind == "recipes" else list(plugins.names(kind))
+
+
+def _option(
+    name: str, metavar: str | None, help: str, *, complete: str = "", after: str = "", **more: Any
+) -> Any:
+    """Describe an option; `complete` is the kind of names a shell offers, each with `after`."""
+
+    def completion(incomplete: str) -> list[str]:
+        return [f"{name}{after}" for name in _names(complete) if name.startswith(incomplete)]
+
+    if complete:
+        more["autocompletion"] = completion
+    return typer.Option(name, metavar=metavar, help=help, **more)
+
+
+def _argument(metavar: str, help: str, **more: Any) -> Any:
+    return typer.Argument(metavar=metavar, help=help, show_default=False, **more)
+
+
+_DATA = "digits, arrays:FILE.npz, images:FOLDER or FILE.py:FUNCTION"
+_SUBJECT = "a network, or a folder that compress made"
+_THREADS = "of the target; 0: all usable cores"
+_BATCH = "samples in a timed batch"
+
+Model = Annotated[str, _argument("MODEL", "FILE.py:FACTORY, MODULE:FACTORY, x.onnx or x.pt2")]
+Subject = Annotated[str, _argument("MODEL|ARTIFACT", _SUBJECT)]
+Data = Annotated[str | None, _option("--data", "DATA", _DATA)]
+Target = Annotated[
+    str | None,
+    _option("--target", "RUNTIME[:DEVICE]", "such as onnxruntime:cpu", complete="runtimes"),
+]
+Threads = Annotated[int | None, _option("--threads", "N", _THREADS, min=0)]
+Batch = Annotated[int, _option("--batch", "N", _BATCH, min=1, show_default=True)]
+Weights = Annotated[
+    Path | None, _option("--weights", "FILE", "a .safetensors file for the network")
+]
+Partial = Annotated[bool, _option("--partial", None, "load the weights that fit, say what did not")]
+Resume = Annotated[bool, _option("--resume", None, "go on with a run that was interrupted")]
+Json = Annotated[bool, _option("--json", None, "one JSON document on stdout")]
+Debug = Annotated[bool, _option("--debug", None, "show the traceback of an error")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tersor import __version__
+
+        typer.echo(f"tersor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Carry the options of the command itself."""
+
+
+@app.command(
+    short_help="compress a network, keeping only the steps that pay",
+    epilog=_example("tersor compress tersor.demo.network:trained --data digits --recipe demo"),
+)
+def compress(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[str, _option("--data", "DATA", _DATA)],
+    recipe: Annotated[
+        str | None,
+        _option("--recipe", "NAME|FILE", "what to do: `tersor list recipes`", complete="recipes"),
+    ] = None,
+    target: Target = None,
+    best: Annotated[
+        str | None, _option("--best", "METRIC", "what to improve: latency", complete="metrics")
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        _option(
+            "--limit",
+            "METRIC=LIMIT",
+            "-1pt, -1%, 25%, '3 ms', '2 MB' (repeatable)",
+            complete="metrics",
+            after="=",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        _option("--metric", "NAME", "measure this, too (repeatable)", complete="metrics"),
+    ] = None,
+    out: Annotated[
+        Path, _option("--out", "DIR", "the artifact's folder", show_default=True)
+    ] = Path("out"),
+    batch: Annotated[
+        int | None, _option("--batch", "N", f"{_BATCH}; 1 if not given", min=1)
+    ] = None,
+    threads: Threads = None,
+    seed: Annotated[
+        int | None, _option("--seed", "N", "decides all random numbers; 0", min=0)
+    ] = None,
+    weights: Weights = None,
+    partial: Partial = False,
+    fit: Annotated[
+        str | None, _option("--fit", "FILE.py:FUNCTION", "your trainer instead of ours")
+    ] = None,
+    quality: Annotated[
+        str | None,
+        _option("--quality", "FILE.py:FUNCTION", "your metric: (outputs, labels) -> number"),
+    ] = None,
+    strict: Annotated[
+        bool, _option("--strict", None, "a limit must hold for the whole interval")
+    ] = False,
+    again: Annotated[
+        Path | None, _option("--again", "DIR", "repeat the run that made this artifact")
+    ] = None,
+    resume: Resume = False,
+    dry_run: Annotated[bool, _option("--dry-run", None, "check and predict, do nothing")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a network; keep only the steps that pay inside the limits.
+
+    Exit code 1: a limit is not reached; the artifact is written all the same.
+    """
+    from tersor import _cli_compress
+
+    del debug  # read from the words, in __main__
+    code = _cli_compress.compress(
+        model,
+        words=context.obj["words"],
+        data=data,
+        recipe=recipe,
+        again=again,
+        target=target,
+        best=best,
+        limits=limit or [],
+        metrics=metric or [],
+        out=out,
+        batch=batch,
+        threads=threads,
+        seed=seed,
+        weights=weights,
+        partial=partial,
+        fit=fit,
+        quality=quality,
+        strict=strict,
+        resume=resume,
+        dry_run=dry_run,
+        as_json=json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
+    short_help="measure a network, a model file or an artifact",
+    epilog=_example("tersor measure tersor.demo.network:trained --data digits --metric accuracy"),
+)
+def measure(
+    subject: Subject,
+    data: Data = None,
+    target: Target = None,
+    metric: Annotated[
+        list[str] | None,
+        _option(
+            "--metric", "NAME", "size and latency if not given (repeatable)", complete="metrics"
+        ),
+    ] = None,
+    batch: Batch = 1,
+    threads: Threads = None,
+    split: Annotated[
+        str, _option("--split", "NAME", "where quality is measured", show_default=True)
+    ] = "test",
+    weights: Weights = None,
+    partial: Partial = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a network, a model file or an artifact on its target."""
+    from tersor import _cli_measure
+
+    del debug
+    code = _cli_measure.measure(
+        subject,
+        data=data,
+        target=target,
+        metrics=metric or [],
+        batch=batch,
+        threads=threads,
+        split=split,
+        weights=weights,
+        partial=partial,
+        as_json=json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
+    short_help="say which of two is faster, with an interval",
+    epilog=_example("tersor demo --out demo && tersor compare demo/original demo"),
+)
+def compare(
+    a: Annotated[
+        str, _argument("A", "an artifact or a model file; OUT/original: the network before")
+    ],
+    b: Annotated[str | None, _argument("B", "another; may be left out with --aa")] = None,
+    data: Data = None,
+    target: Target = None,
+    batch: Batch = 1,
+    threads: Threads = None,
+    min_effect: Annotated[
+        float,
+        _option("--min-effect", "X", "smallest difference called one", min=0.0, show_default=True),
+    ] = 0.03,
+    budget: Annotated[
+        float, _option("--budget", "SECONDS", "longest contest", min=0.1, show_default=True)
+    ] = 20.0,
+    aa: Annotated[
+        int, _option("--aa", "N", "check the method: A against itself, N times", min=0)
+    ] = 0,
+    gate: Annotated[
+        str | None, _option("--gate", "faster|not-slower", "exit code 1 unless B is")
+    ] = None,
+    seed: Annotated[int, _option("--seed", "N", "decides orders and intervals", min=0)] = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether B is faster or slower than A, with an interval; they run interleaved."""
+    from tersor import _cli_measure
+
+    del debug
+    code = _cli_measure.compare(
+        a,
+        b,
+        data=data,
+        target=target,
+        batch=batch,
+        threads=threads,
+        min_effect=min_effect,
+        budget_s=budget,
+        aa=aa,
+        gate=gate,
+        seed=seed,
+        as_json=json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
+    short_help="run an artifact on arrays; torch is not needed",
+    epilog=_example(
+        "tersor demo --out demo",
+        "python -c \"import numpy as n; n.savez('x.npz', x=n.zeros((1, 1, 8, 8), 'f'))\"",
+        "tersor run demo --input x.npz --output y.npz",
+    ),
+)
+def run(
+    artifact: Annotated[str, _argument("ARTIFACT", "a folder that compress made")],
+    inputs: Annotated[Path, _option("--input", "X.npz", "one array for each input, by name")],
+    output: Annotated[
+        Path | None, _option("--output", "Y.npz", "where the outputs go; else only described")
+    ] = None,
+    device: Annotated[
+        str | None, _option("--device", "NAME", "another device of the runtime")
+    ] = None,
+    threads: Threads = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run an artifact on arrays. Needs its runtime, but not torch."""
+    from tersor import _cli_run
+
+    del debug
+    code = _cli_run.run(
+        artifact, inputs=inputs, output=output, device=device, threads=threads, as_json=json
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
+    "list",
+    short_help="list techniques, recipes, runtimes, metrics ...",
+    epilog=_example("tersor list techniques"),
+)
+def list_(
+    kind: Annotated[
+        str | None,
+        _argument("KIND", f"{', '.join(KINDS)}; all if left out", autocompletion=lambda: KINDS),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what there is: installed, or the line that installs it."""
+    from tersor import _cli_catalog
+
+    del debug
+    raise typer.Exit(_cli_catalog.listing(kind, as_json=json))
+
+
+@app.command(
+    short_help="show a technique's settings, a recipe's file ...",
+    epilog=_example("tersor show static"),
+)
+def show(
+    name: Annotated[
+        str | None,
+        _argument(
+            "NAME",
+            "a technique, recipe, runtime, metric, source or dataset",
+            autocompletion=lambda: _names("any"),
+        ),
+    ] = None,
+    schema: Annotated[
+        bool, _option("--schema", None, "the JSON Schema of recipe files, for editors")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show all about a name: settings, defaults, types, paper; or a recipe's file."""
+    from tersor import _cli_catalog
+
+    del debug
+    raise typer.Exit(_cli_catalog.show_name(name, schema=schema, as_json=json))
+
+
+@app.command(
+    short_help="show layers, parameters, sizes and sparsity",
+    epilog=_example("tersor inspect tersor.demo.network:trained"),
+)
+def inspect(
+    subject: Subject,
+    weights: Weights = None,
+    partial: Partial = False,
+    verify: Annotated[
+        bool, _option("--verify", None, "compare an artifact's files with their hashes")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show layers, parameters, sizes and sparsity of a network or an artifact."""
+    from tersor import _cli_inspect
+
+    del debug
+    code = _cli_inspect.inspect(
+        subject, weights=weights, partial=partial, verify=verify, as_json=json
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
+    short_help="look at this machine, and say what to do about it", epilog=_example("tersor doctor")
+)
+def doctor(json: Json = False, debug: Debug = False) -> None:
+    """Look at this machine: cores, instructions, packages, and whether it can time fairly.
+
+    Exit code 1: there is something to do.
+    """
+    from tersor import _cli_doctor
+
+    del debug
+    raise typer.Exit(_cli_doctor.doctor(as_json=json))
+
+
+@app.command(
+    short_help="compress the small network that ships with tersor",
+    epilog=_example("tersor demo --out demo"),
+)
+def demo(
+    context: typer.Context,
+    out: Annotated[
+        Path, _option("--out", "DIR", "the artifact's folder", show_default=True)
+    ] = Path("demo"),
+    target: Target = None,
+    threads: Threads = None,
+    resume: Resume = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compress the small network that ships with tersor; takes a minute or two."""
+    from tersor import _cli_compress
+
+    del debug
+    code = _cli_compress.demo(
+        words=context.obj["words"],
+        out=out,
+        target=target,
+        threads=threads,
+        resume=resume,
+        as_json=json,
+    )
+    raise typer.Exit(code)
