@@ -146,6 +146,7 @@ def compress(
     if model.form == "module":
         model.net.eval()
         try_forward(model.net, inputs)
+    artifact.check_out(out)
     work = out.with_name(out.name + ".work")
     with artifact.lock(out):
         mark = workspace.fingerprint(model.net, data, resolved, seed, batch)

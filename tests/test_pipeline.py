@@ -1,0 +1,217 @@
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tersor import workspace
+from tersor.core.artifact import Artifact
+from tersor.core.context import Data
+from tersor.core.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
+from tersor.core.recipe import Recipe
+from tersor.pipeline import compress, load, load_data, plan
+from tests import networks
+
+EAGER = {"runtime": "torch_eager", "options": {"threads": 1}}
+
+
+def recipe(*steps, goal=None, target=EAGER):
+    return Recipe.parse({"steps": list(steps), "target": target, **({"goal": goal} if goal else {})})
+
+
+def run(tmp_path, *steps, net=None, data=None, goal=None, **more):
+    more.setdefault("metrics", ("size", "fidelity"))
+    return compress(
+        net if net is not None else networks.tiny_cnn(),
+        recipe(*steps, goal=goal),
+        data=data or networks.data(),
+        out=tmp_path / "out",
+        **more,
+    )
+
+
+def test_without_a_goal_every_stage_is_applied(tmp_path):
+    made = run(tmp_path, "fuse_batch_norm")
+    (stage,) = made.report.stages
+    assert (stage.name, stage.verdict) == ("fuse_batch_norm", "applied")
+    assert made.report.reached
+    assert not (tmp_path / "out.work").exists()
+    assert Artifact.open(tmp_path / "out", check="hashes").report == made.report
+    original = Artifact.open(tmp_path / "out" / "original")
+    assert original.load().bind({"x": networks.digits()[0][:2].numpy()})()["output"].shape == (2, 10)
+
+
+def test_the_callers_network_is_untouched(tmp_path):
+    net = networks.tiny_cnn()
+    before = copy.deepcopy(net.state_dict())
+    modules = [type(m) for m in net.modules()]
+    run(tmp_path, "fuse_batch_norm", {"finetune": {"epochs": 0.2}}, net=net)
+    assert [type(m) for m in net.modules()] == modules
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_a_size_limit_not_reached_ends_below_the_limit(tmp_path):
+    made = run(tmp_path, "fuse_batch_norm", goal={"best": "size", "limits": {"size": "1%"}})
+    assert not made.report.reached
+    (limit,) = made.report.limits
+    assert not limit.holds
+    assert limit.text == "1%"
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    steps = ("fuse_batch_norm", {"finetune": {"epochs": 0.5}})
+    one, two = run(tmp_path / "a", *steps), run(tmp_path / "another", *steps)
+    names = [file.name for file in one.model_files]
+    assert names == [file.name for file in two.model_files]
+    for a, b in zip(one.model_files, two.model_files, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_stopped_after_a_stage_and_resumed(tmp_path):
+    steps = ("fuse_batch_norm", {"finetune": {"epochs": 0.5}})
+    whole = run(tmp_path / "whole", *steps)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *steps, should_stop=lambda: True)
+    assert (tmp_path / "out.work" / "00" / "state.json").exists()
+    assert not (tmp_path / "out").exists()
+    resumed = run(tmp_path, *steps, resume=True)
+    for a, b in zip(whole.model_files, resumed.model_files, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+    assert [s.name for s in resumed.report.stages] == ["fuse_batch_norm", "finetune"]
+
+
+def test_resuming_something_else_names_the_field(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "fuse_batch_norm", should_stop=lambda: True)
+    with pytest.raises(ArtifactError, match=r"cannot resume: seed differ from"):
+        run(tmp_path, "fuse_batch_norm", resume=True, seed=1)
+    with pytest.raises(ArtifactError, match=r"cannot resume: recipe differ"):
+        run(tmp_path, {"finetune": {"epochs": 0.1}}, resume=True)
+    with pytest.raises(ArtifactError, match=r"cannot resume: model differ"):
+        run(tmp_path, "fuse_batch_norm", resume=True, net=networks.tiny_cnn(trained=False))
+
+
+def test_an_altered_stage_is_found(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "fuse_batch_norm", should_stop=lambda: True)
+    file = tmp_path / "out.work" / "00" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(ArtifactError, match="was altered since it was written"):
+        run(tmp_path, "fuse_batch_norm", resume=True)
+
+
+def test_without_validation_half_of_test_decides(tmp_path):
+    whole = networks.data()
+    data = Data(calibration=whole.calibration, train=whole.train, test=whole.test)
+    made = run(tmp_path, "fuse_batch_norm", data=data)
+    assert any("148 of the 297 test samples" in w for w in made.report.warnings)
+    assert any("only 149 samples" in w for w in made.report.warnings)
+
+
+def test_a_leak_is_reported(tmp_path):
+    whole = networks.data()
+    data = Data(calibration=whole.test, train=whole.train, validation=whole.validation, test=whole.test)
+    made = run(tmp_path, "fuse_batch_norm", data=data)
+    assert any("'calibration' and 'test' hold the same samples" in w for w in made.report.warnings)
+
+
+def test_missing_split_is_refused_before_work(tmp_path):
+    data = Data(calibration=networks.split(0, 64), test=networks.split(1500, 1797))
+    with pytest.raises(DataError, match=r"step 1 \(finetune\) needs train batches"):
+        run(tmp_path, "finetune", data=data)
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_no_labels_no_accuracy(tmp_path):
+    def bare(batches):
+        return [{"x": b["x"]} for b in batches]
+
+    whole = networks.data()
+    data = Data(calibration=bare(whole.calibration), test=bare(whole.test))
+    with pytest.raises(DataError, match="metric 'accuracy' needs labels"):
+        run(tmp_path, "fuse_batch_norm", data=data, goal={"best": "size", "limits": {"accuracy": "-1pt"}})
+
+
+def test_wrong_names_of_inputs(tmp_path):
+    data = Data(test=[{"image": networks.digits()[0][:8], "labels": networks.digits()[1][:8]}])
+    with pytest.raises(DataError, match="forward takes x; the batches hold image; missing: x"):
+        run(tmp_path, "fuse_batch_norm", data=data)
+
+
+def test_forward_that_fails(tmp_path):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return x @ torch.zeros(3, 3)
+
+    with pytest.raises(ModelError, match=r"forward of Wrong fails on the first batch \(x \(2, 1, 8, 8\)\): RuntimeError"):
+        run(tmp_path, "fuse_batch_norm", net=Wrong())
+
+
+def test_nan_outputs_are_refused(tmp_path):
+    net = networks.tiny_cnn()
+    net.fc.bias.data[0] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        run(tmp_path, "fuse_batch_norm", net=net)
+
+
+def test_a_technique_that_fails_is_named(tmp_path):
+    with pytest.raises((StepError, RecipeError, ModelError, DataError), match="nothing_like_this"):
+        run(tmp_path, {"static": {"layers": ["nothing_like_this"]}})
+
+
+def test_unknown_metric(tmp_path):
+    with pytest.raises(RecipeError, match="unknown metric 'latancy'. Did you mean 'latency'"):
+        run(tmp_path, "fuse_batch_norm", metrics=("latancy",))
+
+
+def test_output_that_is_not_an_artifact_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        run(tmp_path, "fuse_batch_norm")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_the_plan_does_nothing(tmp_path):
+    made = plan(
+        load_model(), recipe("fuse_batch_norm", {"finetune": {"epochs": 1}}), data=networks.data(), out=tmp_path / "o"
+    )
+    assert made.stages == ("fuse_batch_norm", "finetune")
+    assert 0 < made.seconds[0] < made.seconds[1]
+    assert made.memory_bytes > 0
+    assert made.disk_bytes > 0
+    assert not list(tmp_path.iterdir())
+
+
+def load_model():
+    from tersor.core.model import Model
+
+    return Model(net=networks.tiny_cnn(), form="module", origin="module:test")
+
+
+def test_load_and_load_data(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def net():\n    return nn.Linear(4, 2)\n\n"
+        "def data():\n    b = [{'input': torch.randn(8, 4), 'labels': torch.zeros(8, dtype=torch.long)}]\n"
+        "    return {'calibration': b, 'train': b, 'test': b}\n"
+    )
+    assert isinstance(load(f"{script}:net").net, nn.Linear)
+    assert load_data(f"{script}:data").test is not None
+    assert load_data("digits").train is not None
+
+
+def test_fingerprint_is_of_every_field():
+    net, data = networks.tiny_cnn(), networks.data()
+    base = workspace.fingerprint(net, data, recipe("fuse_batch_norm"), 0, 1)
+    assert json.loads(json.dumps(base)) == base
+    other = workspace.fingerprint(net, data, recipe("fuse_batch_norm"), 0, 8)
+    assert [k for k in base if base[k] != other[k]] == ["batch"]
+    changed = Data(calibration=data.calibration, train=data.train, validation=data.validation, test=data.calibration)
+    other = workspace.fingerprint(net, changed, recipe("fuse_batch_norm"), 0, 1)
+    assert [k for k in base if base[k] != other[k]] == ["test"]
