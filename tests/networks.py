@@ -66,7 +66,12 @@ class TinyTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x.squeeze(1))
         batch, tokens, dim = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .reshape(batch, tokens, 3, self.heads, -1)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
         x = x + self.proj(y)
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
@@ -139,7 +144,9 @@ def context(net: nn.Module, work_dir: Path, **changes: Any) -> Context:
     def latency(nets: Any) -> list[float]:
         from tersor.pipeline import latencies
 
-        return latencies(nets, inputs(), Target(runtime="onnxruntime", options={"threads": 1}), data(), work_dir)
+        return latencies(
+            nets, inputs(), Target(runtime="onnxruntime", options={"threads": 1}), data(), work_dir
+        )
 
     work_dir.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {

@@ -38,7 +38,9 @@ def batches(count: int = 16, rows: int = 8, width: int = 64) -> list[dict[str, n
     return [{"x": rng.standard_normal((rows, width)).astype(np.float32)} for _ in range(count)]
 
 
-def linear_onnx(file: Path, *, width: int = 6, classes: int = 4, batch: Any = "batch", name: str = "x") -> Path:
+def linear_onnx(
+    file: Path, *, width: int = 6, classes: int = 4, batch: Any = "batch", name: str = "x"
+) -> Path:
     """Write y = x w + b as ONNX."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper

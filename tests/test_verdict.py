@@ -99,6 +99,7 @@ def test_better_quality_beyond_the_noise_is_kept():
 
 def test_a_limit_not_reached_may_not_move_away_and_counts_as_gain():
     goal = Goal(best="latency", limits={"size": "50"})
+
     def seen(after: float, verdict: str) -> Evidence:
         return Evidence(
             original=by_name(latency(1.0), size(100)),

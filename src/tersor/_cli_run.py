@@ -125,8 +125,8 @@ def _fitting(arrays: "Arrays", wanted: Mapping[str, Mapping[str, Any]]) -> "Arra
     if wanted and (missing or strange):
         near = suggest(missing[0], strange) if missing else suggest(strange[0], wanted)
         raise DataError(
-            f"the network takes {', '.join(wanted)}; the file holds {', '.join(arrays) or 'nothing'}."
-            f"{near}"
+            f"the network takes {', '.join(wanted)}; "
+            f"the file holds {', '.join(arrays) or 'nothing'}.{near}"
         )
     fitting = {}
     for name, array in arrays.items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -60,13 +61,21 @@ def plays_colors(file: Any) -> bool:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Align rows in columns two spaces apart; the last one is free."""
+    """Align rows in columns two spaces apart; on a terminal the last one is wrapped."""
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    start = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    room = shutil.get_terminal_size((100, 24)).columns - start if sys.stdout.isatty() else 0
+    if room >= 20:
+        lines = [[*line[:-1], f"\n{' ' * start}".join(_wrapped(line[-1], room))] for line in lines]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def paragraph(text: str, indent: str = "   ") -> str:

@@ -162,8 +162,8 @@ def _check_steps(form: Form, recipe: Recipe, data: Data) -> list[TersorError]:
             if not may_lower(form, step.form):
                 mistakes.append(
                     RecipeError(
-                        f"step {number} ({step.name}) works on a network of form {step.form!r}, but "
-                        f"there it has form {form!r}; forms only go module -> exported -> onnx"
+                        f"step {number} ({step.name}) works on a network of form {step.form!r}, "
+                        f"but there it has form {form!r}; forms only go module -> exported -> onnx"
                     )
                 )
             else:

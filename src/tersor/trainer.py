@@ -1,4 +1,4 @@
-"""The default trainer: a schedule, mixed precision where it pays, checkpoints to resume from to the bit."""
+"""The default trainer: a schedule, mixed precision where it pays, checkpoints to resume from."""
 
 import hashlib
 import itertools
@@ -52,8 +52,8 @@ def fit(
     """Train `net` to a lower `loss`; the learning rate warms up and falls along a cosine.
 
     The same seed and number of threads give the same bytes, also when a run was stopped and resumed
-    from its checkpoint. Where `batches` has an attribute `seed` it is set to seed + epoch for each pass,
-    so that augmentation differs between passes, and restored at the end.
+    from its checkpoint. Where `batches` has an attribute `seed` it is set to seed + epoch for each
+    pass, so that augmentation differs between passes, and restored at the end.
 
     Args:
         net: Trained in place; parameters that do not require a gradient stay.
@@ -64,8 +64,8 @@ def fit(
         groups: Parameter groups as torch.optim takes them; by default all of `net`, without weight
             decay on vectors (norms, biases).
         seed: Decides dropout and the order of batches.
-        checkpoint: A file, written every epoch and every `checkpoint_every_s` seconds. If it holds a
-            state of this very run, training goes on from there.
+        checkpoint: A file, written every epoch and every `checkpoint_every_s` seconds. If it holds
+            a state of this very run, training goes on from there.
         on_step: Called after each step with the number of steps done.
         optimizer: "auto": SGD where most parameters are convolutions', else AdamW.
         precision: Of forward passes; "auto": bfloat16 where this processor computes with it and the
@@ -79,8 +79,8 @@ def fit(
 
     Raises:
         DataError: no batches.
-        StepError: loss or gradient is not finite (`net` keeps the weights of the step before), or the
-            checkpoint cannot be read.
+        StepError: loss or gradient is not finite (`net` keeps the weights of the step before), or
+            the checkpoint cannot be read.
     """
     if epochs < 0:
         raise StepError(f"epochs must not be negative, got {epochs}")
@@ -126,7 +126,7 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     if not torch.isfinite(value):
         raise _not_finite("loss", value.item(), step)
-    value.float().backward()
+    torch.autograd.backward(value.float())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, _DEFAULTS[kind]["clip"])
     if not torch.isfinite(norm):
@@ -136,7 +136,8 @@ def _step(
 
 def _not_finite(what: str, value: float, step: int) -> StepError:
     return StepError(
-        f"the {what} is {value} at training step {step + 1}; the weights from before this step are kept. "
+        f"the {what} is {value} at training step {step + 1}; the weights from before this step "
+        f"are kept. "
         "Lower the learning rate, or look for NaN in the data"
     )
 
@@ -309,7 +310,7 @@ def _restore(path: Path, run: str, net: nn.Module, optimizer: torch.optim.Optimi
             if about.get("run") != run:
                 _log.info("%s belongs to another run; training starts anew", path.name)
                 return 0
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dict
     except SafetensorError as error:
         raise StepError(
             f"checkpoint {path.name!r} cannot be read ({error}); delete it to start anew"

@@ -123,7 +123,7 @@ def finish(work: Path, index: int, state: Mapping[str, Any]) -> Path:
 
 
 def begin(work: Path, index: int) -> Path:
-    """Return the folder of a stage that starts, with nothing in it but checkpoints of a try before."""
+    """Return the folder of a stage that starts, empty but for the checkpoints of a try before."""
     folder = partial_folder(work, index)
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():

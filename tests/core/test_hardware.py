@@ -8,12 +8,10 @@ import pytest
 from tersor.core.hardware import (
     Machine,
     cpu_quota,
-    environment,
     preflight,
     probe,
     usable_cores,
 )
-
 
 
 def _put(root: Path, place: str, text: str) -> None:
@@ -36,7 +34,9 @@ def test_usable_cores_respects_affinity(tmp_path: Path) -> None:
         os.sched_setaffinity(0, before)
 
 
-@pytest.mark.parametrize(("text", "quota"), [("50000 100000", 0.5), ("150000 100000", 1.5), ("max 100000", None)])
+@pytest.mark.parametrize(
+    ("text", "quota"), [("50000 100000", 0.5), ("150000 100000", 1.5), ("max 100000", None)]
+)
 def test_quota_of_control_groups_version_2(tmp_path: Path, text: str, quota: float | None) -> None:
     _put(tmp_path, "proc/self/cgroup", "0::/pod/box\n")
     _put(tmp_path, "sys/fs/cgroup/pod/box/cpu.max", text)
@@ -101,8 +101,22 @@ def test_probe_of_a_machine_that_tells_nothing(tmp_path: Path) -> None:
     assert found.load_1min is found.steal is found.governor is found.memory_bytes is None
 
 
+def test_probe_of_this_machine() -> None:
+    found = probe()
+    assert 1 <= found.usable <= found.cores
+    assert found.cpu
+
+
 def test_preflight_says_what_is_wrong_and_what_to_do() -> None:
-    good = Machine(cpu="x", architecture="x86_64", cores=4, usable=4, load_1min=0.5, steal=0.0, governor="performance")
+    good = Machine(
+        cpu="x",
+        architecture="x86_64",
+        cores=4,
+        usable=4,
+        load_1min=0.5,
+        steal=0.0,
+        governor="performance",
+    )
     assert preflight(good) == ()
     assert preflight(replace(good, load_1min=2.0)) == (
         "the machine is busy: load average 2.00 on 4 cores; stop other programs, or read only "

@@ -42,11 +42,20 @@ def test_class_axis_without_labels() -> None:
 
 def test_labels_that_do_not_fit_are_refused() -> None:
     outputs = np.zeros((4, 3))
-    with pytest.raises(DataError, match=r"labels are float64, not classes; give integer labels, or your own measure as 'quality'"):
+    with pytest.raises(
+        DataError,
+        match=r"labels are float64, not classes; give integer labels, or your own measure as 'quality'",
+    ):
         hits(outputs, np.zeros(4))
-    with pytest.raises(DataError, match=r"outputs of shape \(4, 3\) do not fit labels of shape \(5,\); classes need"):
+    with pytest.raises(
+        DataError,
+        match=r"outputs of shape \(4, 3\) do not fit labels of shape \(5,\); classes need",
+    ):
         hits(outputs, np.zeros(5, int))
-    with pytest.raises(DataError, match="label 3 is beyond the 3 classes of the outputs; check that labels start at 0"):
+    with pytest.raises(
+        DataError,
+        match="label 3 is beyond the 3 classes of the outputs; check that labels start at 0",
+    ):
         hits(outputs, np.array([0, 1, 2, 3]))
     with pytest.raises(DataError, match="no labels to score: all are negative"):
         hits(outputs, np.full(4, -1))

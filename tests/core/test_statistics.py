@@ -139,7 +139,9 @@ def test_wilson_matches_published_values() -> None:
 
 def test_mean_interval_is_the_usual_one() -> None:
     low, high = mean_interval(np.array([1.0, 2.0, 3.0]))
-    assert (low, high) == pytest.approx((2 - 1.95996 / math.sqrt(3), 2 + 1.95996 / math.sqrt(3)), abs=1e-4)
+    assert (low, high) == pytest.approx(
+        (2 - 1.95996 / math.sqrt(3), 2 + 1.95996 / math.sqrt(3)), abs=1e-4
+    )
     assert mean_interval(np.array([1.0])) == (-math.inf, math.inf)
 
 

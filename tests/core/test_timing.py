@@ -78,7 +78,9 @@ def test_interleave_gives_both_the_same_inputs() -> None:
 def test_interleave_finds_a_real_difference_of_three_contestants() -> None:
     log: list[int] = []
     calls = [[_busy(ms, log, 0)] for ms in (1.0, 2.0, 0.5)]
-    a, b, c = (float(np.median(t)) for t in interleave(calls, budget_s=1, min_blocks=8, warm_up_s=0.01))
+    a, b, c = (
+        float(np.median(t)) for t in interleave(calls, budget_s=1, min_blocks=8, warm_up_s=0.01)
+    )
     # twice; a busy machine stretches the longer run more, and seldom the median of ten by much
     assert b / a > 1.5
     assert a / c > 1.5

@@ -45,7 +45,9 @@ def data() -> Data:
         }
         for _ in range(6)
     ]
-    return Data(calibration=batches[:1], train=batches[:4], validation=batches[4:5], test=batches[5:])
+    return Data(
+        calibration=batches[:1], train=batches[:4], validation=batches[4:5], test=batches[5:]
+    )
 
 
 def run(out: Path, *, resume: bool, seed: int = 0, target: str = "torch_eager") -> Artifact:
@@ -53,7 +55,9 @@ def run(out: Path, *, resume: bool, seed: int = 0, target: str = "torch_eager") 
 
     torch.set_num_threads(1)
     recipe = Recipe.parse({**RECIPE, "target": {"runtime": target, "options": {"threads": 1}}})
-    return compress(net(seed), recipe, data=data(), out=out, metrics=("size", "fidelity"), resume=resume)
+    return compress(
+        net(seed), recipe, data=data(), out=out, metrics=("size", "fidelity"), resume=resume
+    )
 
 
 def fork(work: Callable[[], None]) -> int:

@@ -84,7 +84,9 @@ def study(folder: Path, random_kills: int, planned_kills: int) -> dict[str, int]
     started = time.monotonic()
     assert jobs.wait(jobs.fork(lambda: jobs.run(folder / "timed", resume=False) and None)) == 0
     usual = time.monotonic() - started
-    assert jobs.wait(jobs.fork(lambda: jobs.run(folder / "old", resume=False, seed=7) and None)) == 0
+    assert (
+        jobs.wait(jobs.fork(lambda: jobs.run(folder / "old", resume=False, seed=7) and None)) == 0
+    )
     old = model_bytes(folder / "old")
     assert old != whole
     draw = random.Random(0)

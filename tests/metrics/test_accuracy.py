@@ -39,7 +39,9 @@ def test_accuracy_of_pixels_is_judged_by_whole_samples() -> None:
 
 
 def test_accuracy_of_numbers_is_refused() -> None:
-    with pytest.raises(DataError, match="labels are float32, not classes; give integer labels, or your own measure"):
+    with pytest.raises(
+        DataError, match="labels are float32, not classes; give integer labels, or your own measure"
+    ):
         accuracy(Subject(target=TARGET, outputs=np.zeros((3, 1)), labels=np.zeros(3, np.float32)))
 
 

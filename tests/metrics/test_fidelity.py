@@ -7,8 +7,18 @@ from tersor.core.runtime import Target
 from tersor.metrics.fidelity import fidelity
 
 
-def _measure(outputs: np.ndarray, reference: np.ndarray, labels: np.ndarray | None = None) -> Measurement:
-    return fidelity(Subject(target=Target(runtime="x"), outputs=outputs, reference=reference, labels=labels, split="test"))
+def _measure(
+    outputs: np.ndarray, reference: np.ndarray, labels: np.ndarray | None = None
+) -> Measurement:
+    return fidelity(
+        Subject(
+            target=Target(runtime="x"),
+            outputs=outputs,
+            reference=reference,
+            labels=labels,
+            split="test",
+        )
+    )
 
 
 def test_agreement_of_top_1_needs_no_labels() -> None:
@@ -28,7 +38,9 @@ def test_agreement_of_positions_finds_the_axis_of_the_classes() -> None:
     outputs = reference.copy()
     outputs[0, 0] = [1, 0, 0, 0]
     assert _measure(outputs, reference).value == pytest.approx(100 * 5 / 6)
-    assert _measure(outputs.transpose(0, 2, 1)[..., None], reference.transpose(0, 2, 1)[..., None]).value == pytest.approx(100 * 5 / 6)
+    assert _measure(
+        outputs.transpose(0, 2, 1)[..., None], reference.transpose(0, 2, 1)[..., None]
+    ).value == pytest.approx(100 * 5 / 6)
 
 
 def test_numbers_are_compared_by_cosine() -> None:
@@ -40,7 +52,9 @@ def test_numbers_are_compared_by_cosine() -> None:
     assert found.value == pytest.approx(100 * wanted)
     assert found.spread is not None
     assert 99 < found.spread[0] < found.value < found.spread[1] < 100
-    several = _measure(np.hstack([outputs, outputs]), np.hstack([reference, reference]), labels=np.zeros((500, 2)))
+    several = _measure(
+        np.hstack([outputs, outputs]), np.hstack([reference, reference]), labels=np.zeros((500, 2))
+    )
     assert several.value == pytest.approx(found.value)
     assert several.how.startswith("cosine of the outputs over 500 samples")
 
@@ -51,5 +65,8 @@ def test_zeros_agree_with_zeros_and_not_with_others() -> None:
 
 
 def test_other_shapes_are_refused() -> None:
-    with pytest.raises(DataError, match=r"outputs have shape \(3, 2\) but those of the original \(4, 2\); measure both on the same split"):
+    with pytest.raises(
+        DataError,
+        match=r"outputs have shape \(3, 2\) but those of the original \(4, 2\); measure both on the same split",
+    ):
         _measure(np.zeros((3, 2)), np.zeros((4, 2)))

@@ -15,7 +15,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_latency_says_how_it_was_measured() -> None:
     found = latency(
-        Subject(target=Target(runtime="x", options={"threads": 1}), runner=Matmul(), inputs=batches(), conditions={"batch": 8})
+        Subject(
+            target=Target(runtime="x", options={"threads": 1}),
+            runner=Matmul(),
+            inputs=batches(),
+            conditions={"batch": 8},
+        )
     )
     assert found.unit == "ms"
     assert found.spread is not None

@@ -30,7 +30,14 @@ def _by_hand(width: int = 8) -> int:
 
 
 def test_macs_of_one_sample_by_hand() -> None:
-    found = macs(Subject(target=Target(runtime="x"), net=networks.tiny_cnn(trained=False), inputs=[X], conditions={"batch": 2}))
+    found = macs(
+        Subject(
+            target=Target(runtime="x"),
+            net=networks.tiny_cnn(trained=False),
+            inputs=[X],
+            conditions={"batch": 2},
+        )
+    )
     assert found.value == _by_hand()
     assert found.unit == "1"
     assert found.how == "multiply-accumulates of one sample, counted at batch 2"
@@ -39,18 +46,25 @@ def test_macs_of_one_sample_by_hand() -> None:
 def test_all_forms_agree() -> None:
     from tersor.ops.lower import lower
 
-    for net, tolerance in ((networks.tiny_cnn(trained=False), 0), (networks.tiny_transformer(trained=False), 0)):
+    for net, tolerance in (
+        (networks.tiny_cnn(trained=False), 0),
+        (networks.tiny_transformer(trained=False), 0),
+    ):
         wanted = count(net, X)
         assert wanted > 0
         for form in ("exported", "onnx"):
-            assert count(lower(net, form, networks.inputs()), X) == pytest.approx(wanted, abs=tolerance)
+            assert count(lower(net, form, networks.inputs()), X) == pytest.approx(
+                wanted, abs=tolerance
+            )
 
 
 def test_quantized_layers_count_like_float_ones() -> None:
     from tersor.ops.modules import quantized
 
     layer = nn.Conv2d(1, 4, 3)
-    assert count(quantized(layer, torch.ones(4)), {"x": X["x"]}) == count(nn.Sequential(layer), {"input": X["x"]})
+    assert count(quantized(layer, torch.ones(4)), {"x": X["x"]}) == count(
+        nn.Sequential(layer), {"input": X["x"]}
+    )
 
 
 def test_fast_path_of_attention_is_counted_and_put_back() -> None:
@@ -61,7 +75,13 @@ def test_fast_path_of_attention_is_counted_and_put_back() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-def _model(nodes: list[Any], inputs: dict[str, list[Any]], constants: dict[str, np.ndarray], outputs: list[str], **opsets: int) -> Any:
+def _model(
+    nodes: list[Any],
+    inputs: dict[str, list[Any]],
+    constants: dict[str, np.ndarray],
+    outputs: list[str],
+    **opsets: int,
+) -> Any:
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()]
     graph = helper.make_graph(
         nodes,
@@ -70,27 +90,65 @@ def _model(nodes: list[Any], inputs: dict[str, list[Any]], constants: dict[str, 
         [onnx.ValueInfoProto(name=n) for n in outputs],
         [numpy_helper.from_array(a, n) for n, a in constants.items()],
     )
-    sets = [helper.make_opsetid("", 21), *(helper.make_opsetid(d.replace("_", "."), v) for d, v in opsets.items())]
+    sets = [
+        helper.make_opsetid("", 21),
+        *(helper.make_opsetid(d.replace("_", "."), v) for d, v in opsets.items()),
+    ]
     return helper.make_model(graph, opset_imports=sets, ir_version=10)
 
 
 def test_onnx_operators_by_hand() -> None:
     f = np.float32
-    conv = _model([helper.make_node("Conv", ["x", "w"], ["y"], group=2)], {"x": ["n", 4, 8, 8]}, {"w": np.zeros((6, 2, 3, 3), f)}, ["y"])
+    conv = _model(
+        [helper.make_node("Conv", ["x", "w"], ["y"], group=2)],
+        {"x": ["n", 4, 8, 8]},
+        {"w": np.zeros((6, 2, 3, 3), f)},
+        ["y"],
+    )
     assert count(conv, {"x": np.zeros((3, 4, 8, 8), f)}) == 3 * 6 * 6 * 6 * 2 * 9
-    back = _model([helper.make_node("ConvTranspose", ["x", "w"], ["y"])], {"x": ["n", 4, 8, 8]}, {"w": np.zeros((4, 5, 2, 2), f)}, ["y"])
+    back = _model(
+        [helper.make_node("ConvTranspose", ["x", "w"], ["y"])],
+        {"x": ["n", 4, 8, 8]},
+        {"w": np.zeros((4, 5, 2, 2), f)},
+        ["y"],
+    )
     assert count(back, {"x": np.zeros((1, 4, 8, 8), f)}) == 4 * 64 * 5 * 4
-    einsum = _model([helper.make_node("Einsum", ["a", "b"], ["y"], equation="bij,bjk->bik")], {"a": ["n", 2, 3], "b": ["n", 3, 5]}, {}, ["y"])
-    assert count(einsum, {"a": np.zeros((4, 2, 3), f), "b": np.zeros((4, 3, 5), f)}) == 4 * 2 * 3 * 5
-    lstm = _model([helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=5)], {"x": [7, "n", 3]}, {"w": np.zeros((1, 20, 3), f), "r": np.zeros((1, 20, 5), f)}, ["y"])
+    einsum = _model(
+        [helper.make_node("Einsum", ["a", "b"], ["y"], equation="bij,bjk->bik")],
+        {"a": ["n", 2, 3], "b": ["n", 3, 5]},
+        {},
+        ["y"],
+    )
+    assert (
+        count(einsum, {"a": np.zeros((4, 2, 3), f), "b": np.zeros((4, 3, 5), f)}) == 4 * 2 * 3 * 5
+    )
+    lstm = _model(
+        [helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=5)],
+        {"x": [7, "n", 3]},
+        {"w": np.zeros((1, 20, 3), f), "r": np.zeros((1, 20, 5), f)},
+        ["y"],
+    )
     assert count(lstm, {"x": np.zeros((7, 2, 3), f)}) == 7 * 2 * 20 * (3 + 5)
 
 
 def test_operators_unknown_to_inference_are_run() -> None:
     pytest.importorskip("onnxruntime")
-    packed = {"w": np.zeros((8, 1, 16), np.uint8), "s": np.ones(8, np.float32), "v": np.zeros((8, 4), np.float32)}
+    packed = {
+        "w": np.zeros((8, 1, 16), np.uint8),
+        "s": np.ones(8, np.float32),
+        "v": np.zeros((8, 4), np.float32),
+    }
     nodes = [
-        helper.make_node("MatMulNBits", ["x", "w", "s"], ["h"], domain="com.microsoft", K=32, N=8, bits=4, block_size=32),
+        helper.make_node(
+            "MatMulNBits",
+            ["x", "w", "s"],
+            ["h"],
+            domain="com.microsoft",
+            K=32,
+            N=8,
+            bits=4,
+            block_size=32,
+        ),
         helper.make_node("MatMul", ["h", "v"], ["y"]),
     ]
     model = _model(nodes, {"x": ["n", 32]}, packed, ["y"], com_microsoft=1)
@@ -98,15 +156,25 @@ def test_operators_unknown_to_inference_are_run() -> None:
 
 
 def test_a_branch_with_products_is_refused() -> None:
-    inner = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["z"])], "inner", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])
+    inner = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "x"], ["z"])],
+        "inner",
+        [],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+    )
     node = helper.make_node("If", ["c"], ["y"], name="choose", then_branch=inner, else_branch=inner)
     model = _model([node], {"x": [2, 2], "c": []}, {}, ["y"])
-    with pytest.raises(ModelError, match="the multiply-accumulates inside If 'choose' depend on the data; leave 'macs' out"):
+    with pytest.raises(
+        ModelError,
+        match="the multiply-accumulates inside If 'choose' depend on the data; leave 'macs' out",
+    ):
         count(model, {"x": np.zeros((2, 2), np.float32)})
 
 
 def test_a_network_that_fails_is_named() -> None:
-    with pytest.raises(ModelError, match="counting multiply-accumulates failed while running the network: "):
+    with pytest.raises(
+        ModelError, match="counting multiply-accumulates failed while running the network: "
+    ):
         count(nn.Linear(3, 2), {"input": np.zeros((1, 4), np.float32)})
 
 

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -53,9 +54,24 @@ def test_onnx_agrees_but_for_the_form_of_batch_norm() -> None:
     from tersor.ops.lower import lower
 
     net = networks.tiny_cnn(trained=False)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:  # equal tensors would be stored once
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.0)
     found = count(lower(net, "onnx", networks.inputs()))
-    folded = sum(m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    assert found in (_learned(net), _learned(net) - folded)
+    assert found in (_learned(net), _learned(net) - sum(m.num_features for m in norms))
+
+
+def test_onnx_counts_a_gain_that_is_also_a_statistic() -> None:
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    ones, zeros = (
+        onnx.numpy_helper.from_array(np.full(4, value, np.float32), name)
+        for name, value in (("ones", 1), ("zeros", 0))
+    )
+    node = helper.make_node("BatchNormalization", ["x", "ones", "zeros", "zeros", "ones"], ["y"])
+    graph = helper.make_graph([node], "g", [onnx.ValueInfoProto(name="x")], [], [ones, zeros])
+    assert count(helper.make_model(graph)) == 8
 
 
 def test_int8_onnx_counts_codes_and_not_scales() -> None:

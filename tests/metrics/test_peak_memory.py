@@ -34,13 +34,20 @@ def test_peak_memory_sees_the_weights(tmp_path: Path) -> None:
     assert found.value == found.conditions["peak_bytes"] - found.conditions["baseline_bytes"]  # type: ignore[operator]
     # a bare interpreter with numpy and the runtime, not this process with torch in it
     assert 10e6 < float(found.conditions["baseline_bytes"]) < 150e6
-    assert found.how.startswith("median of 1 fresh processes: peak resident set less that of the runtime alone")
+    assert found.how.startswith(
+        "median of 1 fresh processes: peak resident set less that of the runtime alone"
+    )
 
 
 def test_the_child_does_not_import_torch(tmp_path: Path) -> None:
     file = linear_onnx(tmp_path / "m.onnx")
     (tmp_path / "order.json").write_text(
-        json.dumps({"target": {"runtime": "onnxruntime", "device": "cpu", "options": {}}, "file": str(file)})
+        json.dumps(
+            {
+                "target": {"runtime": "onnxruntime", "device": "cpu", "options": {}},
+                "file": str(file),
+            }
+        )
     )
     np.savez(tmp_path / "inputs.npz", x=np.zeros((1, 6), np.float32))
     code = (
@@ -55,5 +62,10 @@ def test_the_child_does_not_import_torch(tmp_path: Path) -> None:
 def test_a_network_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     file = tmp_path / "broken.onnx"
     file.write_bytes(b"not a model")
-    with pytest.raises(TargetError, match=r"the process that measures memory failed on onnxruntime:cpu: .*broken.onnx"):
-        peak_memory(Subject(target=TARGET, files=[file], inputs=[{"x": np.zeros((1, 6), np.float32)}]))
+    with pytest.raises(
+        TargetError,
+        match=r"the process that measures memory failed on onnxruntime:cpu: .*broken.onnx",
+    ):
+        peak_memory(
+            Subject(target=TARGET, files=[file], inputs=[{"x": np.zeros((1, 6), np.float32)}])
+        )

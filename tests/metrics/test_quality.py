@@ -25,12 +25,17 @@ def _measure(own: Any) -> Measurement:
 
 
 def test_the_users_function_decides_and_gets_an_interval() -> None:
-    found = _measure(lambda outputs, labels: (outputs.argmax(1) == labels).double().mean().item())
+    def top_1(outputs: torch.Tensor, labels: torch.Tensor) -> float:
+        return (outputs.argmax(1) == labels).double().mean().item()
+
+    found = _measure(top_1)
     assert found.spread is not None
     low, high = found.spread
     assert low < found.value < high
     # the normal approximation of a share of 200
-    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(found.value * (1 - found.value) / 200), rel=0.25)
+    assert high - low == pytest.approx(
+        2 * 1.96 * np.sqrt(found.value * (1 - found.value) / 200), rel=0.25
+    )
     assert found.count == 200
     assert found.how == "the data's own quality over 200 samples on test"
 
@@ -48,7 +53,12 @@ def test_a_slow_function_is_called_once() -> None:
 
 
 def test_a_function_that_fails_is_named() -> None:
-    with pytest.raises(DataError, match=r"the data's quality failed on outputs \(200, 3\) and labels \(200,\): ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        DataError,
+        match=r"the data's quality failed on outputs \(200, 3\) and labels \(200,\): ZeroDivisionError: division by zero",
+    ):
         _measure(lambda outputs, labels: 1 / 0)
-    with pytest.raises(DataError, match="the data's quality is nan; it must return a finite number"):
+    with pytest.raises(
+        DataError, match="the data's quality is nan; it must return a finite number"
+    ):
         _measure(lambda outputs, labels: float("nan"))

@@ -12,7 +12,9 @@ def test_size_adds_up_each_file_once(tmp_path: Path) -> None:
     xml, weights = tmp_path / "m.xml", tmp_path / "m.bin"
     xml.write_bytes(b"x" * 100)
     weights.write_bytes(b"y" * 1000)
-    found = size(Subject(target=Target(runtime="openvino"), files=[xml, weights, tmp_path / "." / "m.xml"]))
+    found = size(
+        Subject(target=Target(runtime="openvino"), files=[xml, weights, tmp_path / "." / "m.xml"])
+    )
     assert found.value == 1100
     assert found.unit == "B"
     assert found.how == "bytes on disk of m.bin, m.xml"

@@ -10,7 +10,14 @@ TARGET = Target(runtime="x", options={"threads": 1})
 
 
 def test_throughput_names_the_best_batch_and_all_others() -> None:
-    found = throughput(Subject(target=TARGET, runner=Matmul(256), inputs=batches(rows=1, width=256), conditions={"batch": 1}))
+    found = throughput(
+        Subject(
+            target=TARGET,
+            runner=Matmul(256),
+            inputs=batches(rows=1, width=256),
+            conditions={"batch": 1},
+        )
+    )
     assert found.unit == "1/s"
     best = int(found.conditions["batch"])
     assert best > 1  # one row a call wastes a matrix product

@@ -59,7 +59,10 @@ def inputs(*shape: int) -> Inputs:
 
 
 def test_a_test_on_content_is_refused_with_its_line():
-    with pytest.raises(ModelError, match=r"content of a tensor is used as a condition at .*test_capture.py:\d+ \(if x.sum"):
+    with pytest.raises(
+        ModelError,
+        match=r"content of a tensor is used as a condition at .*test_capture.py:\d+ \(if x.sum",
+    ):
         capture(ByContent(), inputs(2, 3))
 
 

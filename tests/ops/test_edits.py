@@ -62,7 +62,16 @@ def damaged(tmp_path, change):
 
 @pytest.mark.parametrize(
     "target",
-    ["torch:load", "os:system", "torch:hub", "operator:methodcaller", "functional:handle_torch_function.__globals__", "eval", "torch:from_file", "torch:compile"],
+    [
+        "torch:load",
+        "os:system",
+        "torch:hub",
+        "operator:methodcaller",
+        "functional:handle_torch_function.__globals__",
+        "eval",
+        "torch:from_file",
+        "torch:compile",
+    ],
 )
 def test_a_stored_graph_can_call_nothing_else(tmp_path, target):
     def change(plain):

@@ -13,7 +13,7 @@ def batch(subject: Subject) -> int:
     """Return the samples in a batch: as noted, else the length of the first input."""
     assert subject.inputs is not None
     noted = int(subject.conditions.get("batch", 0))
-    return noted or max((len(a) for a in subject.inputs[0].values() if a.ndim), default=1)
+    return noted or next((len(a) for a in subject.inputs[0].values() if a.ndim), 1)
 
 
 def plural(count: int, word: str) -> str:

@@ -13,6 +13,15 @@ Shape = tuple[int, ...]
 _INNER = ("MatMul", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
 _CONV = ("Conv", "ConvInteger", "QLinearConv", "FusedConv")
 _RECURRENT = ("LSTM", "GRU", "RNN")
+_CODES = {
+    "DequantizeLinear": (0,),
+    "QuantizeLinear": (0,),
+    "MatMulInteger": (0, 1),
+    "ConvInteger": (0, 1),
+    "QLinearConv": (0, 3, 8),
+    "QLinearMatMul": (0, 3),
+}
+"""Inputs that hold numbers of the network; the others are scales and zero points."""
 COUNTED = (
     *_INNER,
     *_CONV,
@@ -71,30 +80,25 @@ def count_parameters(model: Any) -> int:
     )
     nodes = list(_all_nodes(model.graph))
     codes: set[str] = set()
-    aside: set[str] = set()
+    weights: set[str] = set()
     packed: dict[str, int] = {}
     for node in nodes:
-        if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
-            codes.add(node.input[0])
-            aside.update(node.input[1:])
-        elif node.op_type == "BatchNormalization":
-            aside.update(node.input[3:5])
-        elif node.op_type in ("MatMulInteger", "ConvInteger"):
-            codes.add(node.input[1])
-            aside.update(node.input[2:])
-        elif node.op_type in ("QLinearConv", "QLinearMatMul"):
-            codes.update([node.input[3], *node.input[8:]])
-            aside.update([*node.input[1:3], *node.input[4:8]])
-        elif node.op_type == "MatMulNBits":
-            packed[node.input[1]] = _attribute(node, "N", 0) * _attribute(node, "K", 0)
-            aside.update(node.input[2:4])
+        given = list(node.input)
+        kind = node.op_type
+        if kind == "MatMulNBits":
+            packed[given[1]] = _attribute(node, "N", 0) * _attribute(node, "K", 0)
+            weights.update([given[0], *given[4:]])
+        elif kind in _CODES:
+            codes.update(given[i] for i in _CODES[kind] if i < len(given))
+        elif kind == "BatchNormalization":
+            weights.update(given[:3])  # not the running statistics
+        else:
+            weights.update(given)
     total = 0
     for name, tensor in _constants(model.graph, nodes):
         if name in packed:
             total += packed[name]
-        elif name in codes or (
-            name not in aside and tensor.data_type in floats and len(tensor.dims)
-        ):
+        elif name in codes or (name in weights and tensor.data_type in floats and len(tensor.dims)):
             total += math.prod(tensor.dims)
     return total
 

@@ -1,4 +1,4 @@
-"""Find the residual blocks of a network: modules that may be left out, because x takes a way around them."""
+"""Find the residual blocks of a network: x takes a way around them, so they may be left out."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -44,9 +44,10 @@ class Block:
 def find_blocks(net: nn.Module, inputs: Inputs) -> tuple[list[Block], dict[str, str]]:
     """List the residual blocks that can be bypassed, in the order of the graph.
 
-    A module is one when it holds parameters, is called once, its one output has shape and dtype of its
-    first argument, the input reaches the output through additions, activations, norms and dropout
-    alone, and the network still runs on the example without it. Of nested ones the innermost count.
+    A module is one when it holds parameters, is called once, its one output has shape and dtype of
+    its first argument, the input reaches the output through additions, activations, norms and
+    dropout alone, and the network still runs on the example without it. Of nested ones the
+    innermost count.
 
     Args:
         net: The network, in eval mode; unchanged on return.
@@ -106,7 +107,7 @@ def _trial(net: nn.Module, block: Block, inputs: Inputs) -> str:
 
 
 def _record_calls(net: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """Run the example; map each module called once, with a tensor first and as output, to its arguments."""
+    """Run the example; map each module that is called once, on a tensor, to its arguments."""
     seen: dict[str, list[int]] = {}
 
     def hook(name: str) -> Any:

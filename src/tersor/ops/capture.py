@@ -23,8 +23,8 @@ def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """Return the network as a graph over its own submodules (shared, not copied).
 
     Layers of `torch.nn` (and of tersor) stay calls of modules under their dotted names; everything
-    else becomes calls of functions. `meta["shape"]` and `meta["dtype"]` of each node are those of the
-    example batch. A graph that was captured before is
+    else becomes calls of functions. `meta["shape"]` and `meta["dtype"]` of each node are those of
+    the example batch. A graph that was captured before is
     returned as it is, with these notes refreshed.
 
     Args:
@@ -66,8 +66,8 @@ def _check_batch(net: nn.Module, captured: fx.GraphModule, inputs: Inputs) -> No
             captured(**one)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
-            f"forward of {type(net).__name__} turns the batch size into a Python number, so its "
-            f"graph would be frozen to one batch size; use x.shape[0] or x.size(0) as it is ({error})"
+            f"forward of {type(net).__name__} turns the batch size into a Python number, so "
+            f"its graph would be frozen to one batch size; use x.shape[0] or x.size(0) as it is ({error})"
         ) from error
 
 
@@ -203,7 +203,7 @@ class _Tracer(fx.Tracer):
         self.running = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        from_library = m.__module__.startswith(("torch.nn", "torch.ao.nn", "tersor."))
+        from_library = m.__module__.startswith(("torch.nn", "torch.ao.nn", "tersor.ops."))
         return from_library and not isinstance(m, _OPEN)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
 """Fold a batch norm into the layer before it.
 
-In eval mode a batch norm is an affine map per channel, y = (x - mean) / sqrt(var + eps) * weight + bias;
-the convolution or linear layer that feeds it, and nothing else, can do that map with its own weights.
+In eval mode a batch norm is an affine map per channel, y = (x - mean) / sqrt(var + eps) * weight +
+bias; the convolution or linear layer that feeds it, and nothing else, can do that map with its own
+weights.
 """
 
 from collections import Counter
@@ -11,15 +12,16 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-# O output channels; the weight of a transposed convolution has them in dimension 1, a group at a time.
+# O output channels; the weight of a transposed convolution has them in dimension 1, a group at a
+# time.
 
 
 def find_batch_norms(captured: fx.GraphModule) -> list[tuple[str, str]]:
     """List the batch norms that can be folded, in the order of the graph.
 
     A pair is listed when a convolution, transposed convolution or linear layer is used once, its
-    output goes to one batch norm and nowhere else, and that batch norm is used once and keeps running
-    statistics.
+    output goes to one batch norm and nowhere else, and that batch norm is used once and keeps
+    running statistics.
 
     Args:
         captured: What `ops.capture.capture` returned.
@@ -84,7 +86,8 @@ _CONVOLUTIONS = (
 def fold_batch_norm(layer: nn.Module, bn: nn.Module) -> None:
     """Fold `bn` into `layer`, which gets a bias if it has none.
 
-    The arithmetic is done in float64 and rounded once. `bn` is not changed: the caller takes it out.
+    The arithmetic is done in float64 and rounded once. `bn` is not changed: the caller takes it
+    out.
 
     Args:
         layer: Convolution, transposed convolution or linear layer; changed in place.
@@ -112,7 +115,7 @@ def fold_batch_norm(layer: nn.Module, bn: nn.Module) -> None:
 
 
 def batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return scale and shift (each float64, one per channel) that a batch norm applies in eval mode."""
+    """Return scale and shift (float64, one per channel) that a batch norm applies in eval mode."""
     assert isinstance(bn, _BatchNorm)
     assert bn.running_mean is not None
     assert bn.running_var is not None

@@ -17,7 +17,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def first_output(outputs: Any) -> Tensor:
-    """Return the tensor that counts: the output itself, `logits` of a mapping, or the first of several."""
+    """Return the tensor that counts: the output, `logits` of a mapping, or the first of several."""
     if isinstance(outputs, Mapping):
         outputs = outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
     while isinstance(outputs, (tuple, list)):
@@ -61,8 +61,10 @@ def _labelled(shape: tuple[int, ...], labels: Tensor) -> int | None:
         if given == shape[:-1]:
             return len(shape) - 1
     raise DataError(
-        f"labels of shape {given} and type {labels.dtype} do not fit outputs of shape {shape}; labels are "
-        "integers (N,) for outputs (N,C), (N,T) for (N,T,C), (N,H,W) for (N,C,H,W), or numbers of the "
+        f"labels of shape {given} and type {labels.dtype} do not fit outputs of shape {shape}; "
+        f"labels are "
+        "integers (N,) for outputs (N,C), (N,T) for (N,T,C), (N,H,W) for (N,C,H,W), or numbers "
+        "of the "
         "outputs' own shape; for anything else give a loss with the data"
     )
 
@@ -94,7 +96,8 @@ def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.float(), labels.long())
     except IndexError as error:
         raise DataError(
-            f"labels reach from {labels.min().item()} to {labels.max().item()}, but the network has "
+            f"labels reach from {labels.min().item()} to {labels.max().item()}, but the network "
+            f"has "
             f"{outputs.shape[1]} classes"
         ) from error
 

@@ -11,7 +11,7 @@ from torch import nn
 
 @cache
 def computes_bf16() -> bool:
-    """Tell whether this processor multiplies bfloat16 itself; emulated, it is slower than float32."""
+    """Tell whether this processor multiplies bfloat16; emulated, it is slower than float32."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -20,7 +20,7 @@ def computes_bf16() -> bool:
 
 
 def gains_from_bf16(net: nn.Module) -> bool:
-    """Tell whether a network runs faster in bfloat16: its parameters are dense convolutions' at most."""
+    """Tell whether a network runs faster in bfloat16: dense convolutions hold most of it."""
     kernels = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     dense = sum(m.weight.numel() for m in kernels)
     total = sum(p.numel() for p in net.parameters())

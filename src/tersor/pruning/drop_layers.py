@@ -1,4 +1,4 @@
-"""Drop layers: remove the residual blocks that the network misses least, until it is fast enough."""
+"""Drop layers: remove the residual blocks that are missed least, until it is fast enough."""
 
 import copy
 import itertools
@@ -47,7 +47,7 @@ class DropLayers:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
 
     def weaker(self) -> "DropLayers | None":
-        """Return settings that remove about 30 % less; None when hardly anything would be removed."""
+        """Return settings that remove about 30 % less; None when hardly anything would go."""
         if self.blocks is not None:
             fewer = self.blocks * 7 // 10
             return replace(self, blocks=fewer) if fewer else None
@@ -59,21 +59,22 @@ class DropLayers:
 def drop_layers(net: nn.Module, config: DropLayers, context: Context) -> nn.Module:
     """Remove the block whose loss moves the outputs least, again and again, until it is enough.
 
-    A block's score is the rise of KL(original || network) on calibration data when it is bypassed in
-    addition to those already gone (mean squared error where outputs are numbers), with batch norms
-    on each batch's own statistics: what a cut does to means and variances is easily undone, and is
-    undone at the end by estimating them anew. Scores of earlier rounds are lower bounds as a rule,
-    since blocks stand in for one another; so each round re-scores from the lowest one on, until one
-    stays the lowest, four at most. The number of blocks is the smallest for which the measured latency
-    is reached. Removed blocks become nn.Identity, and all dotted names stay.
+    A block's score is the rise of KL(original || network) on calibration data when it is bypassed
+    in addition to those already gone (mean squared error where outputs are numbers), with batch
+    norms on each batch's own statistics: what a cut does to means and variances is easily undone,
+    and is undone at the end by estimating them anew. Scores of earlier rounds are lower bounds as a
+    rule, since blocks stand in for one another; so each round re-scores from the lowest one on,
+    until one stays the lowest, four at most. The number of blocks is the smallest for which the
+    measured latency is reached. Removed blocks become nn.Identity, and all dotted names stay.
 
     Raises:
         DataError: no calibration data.
         StepError: no residual block to remove; too few for what is asked.
 
     Source:
-        Veit et al., arXiv:1605.06431 (residual networks survive the loss of blocks); the greedy order
-        is that of Men et al., arXiv:2403.03853, with a measured stop instead of a fixed number.
+        Veit et al., arXiv:1605.06431 (residual networks survive the loss of blocks); the greedy
+        order is that of Men et al., arXiv:2403.03853, with a measured stop instead of a fixed
+        number.
     """
     if context.data.calibration is None:
         raise DataError("drop_layers needs calibration data to score blocks on")
@@ -110,7 +111,8 @@ def _candidates(net: nn.Module, config: DropLayers, context: Context) -> list[Bl
         )
         failed = "".join(f"; {name} cannot be bypassed: {why}" for name, why in refused.items())
         raise StepError(
-            f"{type(net).__name__} has no residual block that could be removed (a module whose input and "
+            f"{type(net).__name__} has no residual block that could be removed (a module whose "
+            f"input and "
             f"output have the same shape, with a shortcut around its layers){seen}{failed}"
         )
     return chosen
@@ -129,7 +131,8 @@ def _until_fast(
     shares = {0: 1.0, len(blocks): _share(net, blocks, context)}
     if shares[len(blocks)] > wanted:
         raise StepError(
-            f"latency {wanted} of the original's cannot be reached: without all {len(blocks)} blocks that "
+            f"latency {wanted} of the original's cannot be reached: without all {len(blocks)} "
+            f"blocks that "
             f"can go it is still {shares[len(blocks)]:.2f}"
         )
     slow, fast = 0, len(blocks)

@@ -29,7 +29,8 @@ def load(path: Path, target: Target) -> Runner:
     provider = _PROVIDERS[target.device]
     if provider not in onnxruntime.get_available_providers():
         raise TargetError(
-            f"ONNX Runtime has no {provider} here. Install a build with it: pip install onnxruntime-gpu"
+            f"ONNX Runtime has no {provider} here. "
+            "Install a build that has it: pip install onnxruntime-gpu"
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = target.threads or usable_cores()

@@ -1,8 +1,8 @@
 """Check a .pt2 archive before torch reads it, because torch's own reader runs what it finds.
 
 `torch.export.load` unpickles entries that say so, falls back to an unsafe unpickler where the safe
-one refuses, loads compiled code, evaluates the file's symbolic sizes and guards as Python, and pastes
-its names into generated source. Whatever could reach one of these is refused here.
+one refuses, loads compiled code, evaluates the file's symbolic sizes and guards as Python, and
+pastes its names into generated source. Whatever could reach one of these is refused here.
 """
 
 import io
@@ -128,7 +128,7 @@ def _unsafe_payloads(
 
 
 def _unsafe_samples(reader: Any, records: set[str]) -> str:
-    """Check that the example inputs load as tensors alone, so that no other way of loading is tried."""
+    """Check that the example inputs load as tensors alone: then no other way is tried."""
     if _SAMPLES not in records:
         return f"lacks {_SAMPLES!r}"
     raw = reader.get_record(_SAMPLES)

@@ -96,7 +96,7 @@ def check_values(model: ModelProto) -> None:
                 and not (numpy_helper.to_array(scale).astype(np.float64) > 0).all()
             ):
                 raise ModelError(
-                    f"scale {scale.name!r} of node {node.name or node.op_type!r} is zero or negative"
+                    f"scale {scale.name!r} of node {node.name or node.op_type!r} is not positive"
                 )
 
 
@@ -203,7 +203,8 @@ def _check_overlap(taken: list[tuple[int, int, str]], begin: int, end: int, name
 def _bytes_needed(tensor: Any) -> int:
     if tensor.data_type not in _BITS:
         raise ValueError(f"external data of type {tensor.data_type} are not known")
-    return -(-math.prod(tensor.dims) * int(_BITS[tensor.data_type]) // 8)
+    bits: int = math.prod(tensor.dims) * _BITS[tensor.data_type]
+    return -(-bits // 8)
 
 
 def _wrong(tensor: Any) -> str:

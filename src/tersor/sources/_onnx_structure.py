@@ -21,7 +21,7 @@ def check_versions(model: onnx.ModelProto) -> None:
     """
     if model.ir_version > onnx.IR_VERSION:
         raise ModelError(
-            f"IR version {model.ir_version} is newer than the {onnx.IR_VERSION} that is known here; "
+            f"IR version {model.ir_version} is newer than the {onnx.IR_VERSION} known here; "
             f"needs {_newer()}, or export it again with IR version <= {onnx.IR_VERSION}"
         )
     known = onnx.defs.onnx_opset_version()
@@ -31,7 +31,7 @@ def check_versions(model: onnx.ModelProto) -> None:
         raise ModelError("it imports no operator set: cut off, or not an ONNX model")
     if standard > known:
         raise ModelError(
-            f"opset {standard} is newer than the {known} that is known here; "
+            f"opset {standard} is newer than the {known} known here; "
             f"needs {_newer()}, or export it again with opset <= {known}"
         )
     if standard < 7:
@@ -116,8 +116,8 @@ def _check_operator(node: Any, local: set[tuple[str, str]], versions: Mapping[st
         return
     if domain not in _DOMAINS:
         raise ModelError(
-            f"node {_label(node)} is of the custom operator domain {node.domain!r}, whose code is not "
-            "part of the file; custom operators are refused"
+            f"node {_label(node)} is of the custom operator domain {node.domain!r}, whose code is "
+            "not part of the file; custom operators are refused"
         )
     if (
         domain not in versions

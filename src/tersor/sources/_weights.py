@@ -49,8 +49,8 @@ def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...
     """
     if file.suffix.lower() in _PICKLED:
         raise ModelError(
-            f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when loaded, "
-            f"and are not read; {_CONVERT}"
+            f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when "
+            f"loaded, and are not read; {_CONVERT}"
         )
     _safetensors.check(file)
     from safetensors.torch import load_file

@@ -98,7 +98,7 @@ def _inputs(program: ExportedProgram, place: str) -> Inputs:
 
 
 def _dynamic(shapes: dict[str, Any]) -> dict[str, dict[int, str]]:
-    """Name the free dimensions: "batch" for the first input's first one, one name for each symbol."""
+    """Name the free dimensions: "batch" for the first one, one name for each symbol."""
     words: dict[str, str] = {}
     found: dict[str, dict[int, str]] = {}
     for name, value in shapes.items():

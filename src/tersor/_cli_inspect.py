@@ -1,0 +1,159 @@
+"""`tersor inspect`: layers, parameters, sizes and sparsity."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor._cli_talk import colored, show, show_json, table, tell
+from tersor.core.errors import DependencyError, ModelError
+
+if TYPE_CHECKING:
+    from tersor._cli_tensors import Constant
+    from tersor.core.artifact import Artifact
+
+
+def inspect(
+    subject: str, *, weights: Path | None, partial: bool, verify: bool, as_json: bool
+) -> int:
+    """Look into a network or an artifact."""
+    if Path(subject).is_dir():
+        return _artifact(subject, verify, as_json)
+    if verify:
+        raise ModelError(f"--verify is for artifacts; {subject!r} is not a folder")
+    from tersor import pipeline
+    from tersor._cli_tensors import of_net
+
+    model = pipeline.load(subject, weights=weights, partial=partial)
+    for note in model.notes:
+        tell(note)
+    found = of_net(model.net)
+    layers = _layers(found)
+    if as_json:
+        show_json({"origin": model.origin, "form": model.form, **_totals(found), "layers": layers})
+        return 0
+    show(f"{model.origin} (form: {model.form})\n")
+    show(_written(found, layers))
+    return 0
+
+
+def _artifact(place: str, verify: bool, as_json: bool) -> int:
+    from tersor.core.artifact import Artifact
+
+    artifact = Artifact.open(place, check="hashes" if verify else "sizes")
+    found = _constants(artifact)
+    layers = _layers(found)
+    if as_json:
+        about = {key: value for key, value in artifact.describe().items() if key != "schema"}
+        show_json({**about, "verified": verify, **_totals(found), "layers": layers})
+        return 0
+    show(_about(artifact, verify))
+    if found:
+        show()
+        show(_written(found, layers))
+    return 0
+
+
+def _constants(artifact: "Artifact") -> "list[Constant]":
+    """Read the tensors of an artifact's model; what cannot be read here is said."""
+    from tersor._cli_tensors import of_file
+
+    known = (".onnx", ".xml", ".pt2", ".safetensors")
+    files = [file for file in artifact.model_files if file.suffix in known]
+    try:
+        return of_file(files[0]) if files else []
+    except DependencyError as error:
+        tell(f"layers are not shown: {error}")
+        return []
+
+
+def _about(artifact: "Artifact", verified: bool) -> str:
+    from tersor.core.report_words import human
+
+    about = artifact.describe()
+    inputs = ", ".join(f"{name} {_signature(entry)}" for name, entry in about["inputs"].items())
+    stages = [
+        (f"stage {number}", f"{stage['name']}: {colored(stage['verdict'])}")
+        for number, stage in enumerate(about["stages"], 1)
+    ]
+    rows = [
+        ("target", str(artifact.target)),
+        ("from", str(about.get("origin", ""))),
+        ("inputs", inputs),
+        ("made by", f"{about['tool']['name']} {about['tool']['version']}"),
+        ("files", "hashes agree" if verified else "sizes agree; --verify compares their hashes"),
+        ("model", f"{', '.join(about['model'])} ({human(about['model_bytes'], 'B')})"),
+        *stages,
+    ]
+    return table(("artifact", about["path"]), [row for row in rows if row[1]])
+
+
+def _signature(entry: Mapping[str, Any]) -> str:
+    free = entry.get("dynamic", {})
+    sizes = (str(free.get(str(axis), size)) for axis, size in enumerate(entry["shape"]))
+    return f"{entry['dtype']} ({', '.join(sizes)})"
+
+
+def _layers(found: "Iterable[Constant]") -> list[dict[str, Any]]:
+    """Sum the tensors up by layer, in order; the shape is that of the largest."""
+    layers: dict[str, list[Constant]] = {}
+    for each in found:
+        layers.setdefault(each.layer, []).append(each)
+    rows = []
+    for name, own in layers.items():
+        largest = max(own, key=lambda each: each.count)
+        rows.append(
+            {
+                "name": name,
+                "kind": largest.kind,
+                "shape": list(largest.shape),
+                "dtype": largest.dtype,
+                "parameters": sum(each.count for each in own),
+                "bytes": sum(each.size_bytes for each in own),
+                "sparsity": _share(own),
+                "weight_sparsity": _share([largest]),
+            }
+        )
+    return rows
+
+
+def _share(found: "Sequence[Constant]") -> float:
+    count = sum(each.count for each in found)
+    return sum(each.zeros for each in found) / count if count else 0.0
+
+
+def _totals(found: "Sequence[Constant]") -> dict[str, Any]:
+    return {
+        "numbers": sum(each.count for each in found),
+        "bytes": sum(each.size_bytes for each in found),
+        "sparsity": _share(found),
+    }
+
+
+def _written(found: "Sequence[Constant]", layers: Sequence[Mapping[str, Any]]) -> str:
+    from tersor.core.report_words import human
+
+    rows = [
+        (
+            row["name"],
+            row["kind"],
+            "x".join(map(str, row["shape"])) or "1",
+            row["dtype"],
+            human(row["parameters"], "1"),
+            human(row["bytes"], "B"),
+            f"{100 * row['weight_sparsity']:.1f} %",
+        )
+        for row in layers
+    ]
+    totals = _totals(found)
+    rows.append(
+        (
+            "all",
+            "",
+            "",
+            "",
+            human(totals["numbers"], "1"),
+            human(totals["bytes"], "B"),
+            f"{100 * totals['sparsity']:.1f} %",
+        )
+    )
+    return table(("layer", "kind", "weight", "type", "numbers", "bytes", "zeros"), rows)

@@ -1,0 +1,162 @@
+"""The constants of a network in any form, or in a file of any runtime: what `tersor inspect` lists.
+
+Files that the runtimes write are read with numpy alone, so that an artifact can be looked into
+where torch is not installed.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from tersor.core.errors import ModelError
+
+_IR = {"f32": "f4", "f16": "f2", "bf16": "bf16", "i8": "i1", "u8": "u1", "i32": "i4", "i64": "i8"}
+_SAFE = {"F32": "f4", "F16": "f2", "BF16": "bf16", "I8": "i1", "U8": "u1", "I32": "i4", "I64": "i8"}
+_NAMES = {
+    "f4": "float32",
+    "f2": "float16",
+    "bf16": "bfloat16",
+    "i1": "int8",
+    "u1": "uint8",
+    "i4": "int32",
+    "i8": "int64",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """One tensor of a network."""
+
+    layer: str
+    """Dotted name of what it belongs to."""
+    kind: str
+    """Class of the layer, or operator that reads the tensor; empty where unknown."""
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+    zeros: int
+    """Elements that are exactly 0."""
+
+    @property
+    def count(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+
+def of_net(net: Any) -> list[Constant]:
+    """List the tensors of an nn.Module, an ExportedProgram or an onnx.ModelProto."""
+    if type(net).__name__ == "ModelProto":
+        return list(_of_onnx(net))
+    modules = dict(net.named_modules()) if hasattr(net, "named_modules") else {}
+    state = net.state_dict() if callable(net.state_dict) else net.state_dict
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    found = []
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        counter = name.endswith("num_batches_tracked")
+        if counter or (key in seen and tensor.numel()):  # shared tensors count once
+            continue
+        seen.add(key)
+        layer = name.rpartition(".")[0]
+        kind = type(modules[layer]).__name__ if layer in modules else ""
+        found.append(
+            Constant(
+                layer=layer or name,
+                kind=kind,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                size_bytes=tensor.numel() * tensor.element_size(),
+                zeros=int((tensor == 0).sum()),
+            )
+        )
+    return found
+
+
+def of_file(file: Path) -> list[Constant]:
+    """List the tensors of a model file that a runtime wrote.
+
+    Raises:
+        ModelError: a file of another kind. DependencyError: a package is missing to read it.
+    """
+    if file.suffix == ".xml":
+        return list(_of_ir(file))
+    if file.suffix == ".safetensors":
+        return list(_of_safetensors(file))
+    if file.suffix in (".onnx", ".pt2"):
+        from tersor.core import plugins
+
+        source = "onnx" if file.suffix == ".onnx" else "exported"
+        return of_net(plugins.source(source).load(str(file), weights=None, partial=False).net)
+    raise ModelError(f"{file.name} cannot be looked into")
+
+
+def _of_onnx(model: Any) -> Iterator[Constant]:
+    from onnx import numpy_helper
+
+    users = {name: node.op_type for node in model.graph.node for name in node.input}
+    for each in model.graph.initializer:
+        array = numpy_helper.to_array(each)
+        bits = 4 if "int4" in str(array.dtype) else 8 * array.dtype.itemsize
+        yield Constant(
+            layer=each.name,
+            kind=users.get(each.name, ""),
+            shape=tuple(array.shape),
+            dtype=str(array.dtype),
+            size_bytes=-(-array.size * bits // 8),
+            zeros=int(np.count_nonzero(array == 0)),
+        )
+
+
+def _of_ir(file: Path) -> Iterator[Constant]:
+    """Read the constants of an OpenVINO IR: places in the .bin file beside it."""
+    data = np.memmap(file.with_suffix(".bin"), np.uint8, "r")
+    for layer in ElementTree.parse(file).getroot().iter("layer"):
+        place = layer.find("data")
+        if layer.get("type") != "Const" or place is None:
+            continue
+        shape = tuple(int(n) for n in (place.get("shape") or "").split(",") if n.strip())
+        start, size = int(place.get("offset", 0)), int(place.get("size", 0))
+        kind = place.get("element_type", "")
+        if not 0 <= start <= start + size <= len(data):
+            raise ModelError(f"{file.name}: constant {layer.get('name')!r} lies outside the .bin")
+        raw = data[start : start + size]
+        name = layer.get("name", "")
+        yield _constant(name, shape, _IR.get(kind, ""), kind, raw)
+
+
+def _of_safetensors(file: Path) -> Iterator[Constant]:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ModelError(f"{file.name} is not a safetensors file: its header is too long")
+        header: Mapping[str, Any] = json.loads(stream.read(length))
+    data = np.memmap(file, np.uint8, "r", offset=8 + length)
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        kind = entry["dtype"]
+        layer = name.rpartition(".")[0] or name
+        yield _constant(layer, tuple(entry["shape"]), _SAFE.get(kind, ""), kind, data[start:stop])
+
+
+def _constant(name: str, shape: tuple[int, ...], code: str, kind: str, raw: np.ndarray) -> Constant:
+    zeros = 0
+    if code == "bf16":  # +0 and -0
+        zeros = int(np.count_nonzero((raw.view(np.uint16) & 0x7FFF) == 0))
+    elif code:
+        zeros = int(np.count_nonzero(raw.view(code) == 0))
+    return Constant(
+        layer=name,
+        kind="",
+        shape=shape,
+        dtype=_NAMES.get(code, kind),
+        size_bytes=len(raw),
+        zeros=zeros,
+    )
