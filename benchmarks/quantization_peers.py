@@ -2,11 +2,12 @@
 
     python benchmarks/quantization_peers.py [--networks resnet20,vit] [--seconds 4] [--threads 1]
 
-All three quantize the same fp32 network with the same 1,024 calibration images; the peers do so in an
-environment of their own (`.environments/quantization`, made on demand), from the fp32 ONNX file, with
-per-channel weights and min-max ranges (ONNX Runtime: U8S8 QDQ; NNCF: its defaults, over all images).
-Every file is then loaded, timed (interleaved) and scored here, on the half of the test split that
-tersor makes no decisions on. Needs the shared workloads. Writes benchmarks/results/quantization_peers.json.
+All three quantize the same fp32 network with the same 1,024 calibration images; the peers do so in
+an environment of their own (`.environments/quantization`, made on demand), from the fp32 ONNX file,
+with per-channel weights and min-max ranges (ONNX Runtime: U8S8 QDQ; NNCF: its defaults, over all
+images). Every file is then loaded, timed (interleaved) and scored here, on the half of the test
+split that tersor makes no decisions on. Needs the shared workloads. Writes
+benchmarks/results/quantization_peers.json.
 """
 
 import argparse
@@ -98,7 +99,8 @@ def network_rows(name: str, arguments: argparse.Namespace) -> list[dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     lowered = lower(capture(copy.deepcopy(net), inputs), "onnx", inputs)
     (folder / "fp32.onnx").write_bytes(lowered.SerializeToString())
-    # Opset 20, the exporter's own default: ONNX Runtime 1.32 refuses NNCF's file of opset 21 for `vit`
+    # Opset 20, the exporter's own default: ONNX Runtime 1.32 refuses NNCF's file of opset 21 for
+    # `vit`
     # ("output_dtype INT8 does not match y_zero_point type UINT8", from its own optimizer).
     del lowered.opset_import[:]
     lowered.opset_import.add(domain="", version=20)
@@ -128,7 +130,7 @@ def network_rows(name: str, arguments: argparse.Namespace) -> list[dict[str, Any
     return [
         row
         for runtime in ("onnxruntime", "openvino")
-        for row in runtime_rows(name, runtime, folder, half, seconds, arguments)
+        for row in runtime_rows(name, runtime, folder, inputs, half, seconds, arguments)
     ]
 
 
@@ -147,6 +149,7 @@ def runtime_rows(
     name: str,
     runtime: str,
     folder: Path,
+    inputs: Any,
     half: list[dict[str, np.ndarray]],
     seconds: dict[str, float],
     arguments: argparse.Namespace,
@@ -166,7 +169,7 @@ def runtime_rows(
         place = folder / f"{runtime} {contestant}"
         place.mkdir(exist_ok=True)
         model = onnx.load(folder / f"{contestant}.onnx")
-        files = plugins.runtime(runtime).export(model, place, None)  # type: ignore[arg-type]  # inputs are in the file
+        files = plugins.runtime(runtime).export(model, place, inputs)
         sizes.append(sum(f.stat().st_size for f in files))
         runners.append(plugins.runtime(runtime).load(files[0], target))
         outputs, labels = benchmark.evaluate(runners[-1], half)
@@ -218,7 +221,9 @@ def runtime_rows(
 
 def line(row: dict[str, Any]) -> str:
     """Write a row for people."""
-    cells = [f"{row['network']:13}{row['runtime']:12}{row['contestant']:28}{row['accuracy']:6.2f} %"]
+    cells = [
+        f"{row['network']:13}{row['runtime']:12}{row['contestant']:28}{row['accuracy']:6.2f} %"
+    ]
     for batch, entry in row["latency"].items():
         fp32 = entry["times_faster_than"]["fp32"]["speedup"]
         cells.append(f"{batch}: {entry['ms']:.3f} ms x{fp32:.2f}")

@@ -47,9 +47,17 @@ def measure(
     if path.is_dir() or path.suffix in _RUN_FILES:
         from tersor import benchmark
 
-        batches = None if data is None else _data(data)
+        # compress keeps the untouched original inside the artifact
+        original = path / "original"
         found = benchmark.measure(
-            subject, names, data=batches, target=asked, batch=batch, threads=threads, split=split
+            subject,
+            names,
+            data=None if data is None else _data(data),
+            target=asked,
+            batch=batch,
+            threads=threads,
+            split=split,
+            reference=original if original.is_dir() else None,
         )
     else:
         found = _exported(subject, names, data, asked, batch, threads, split, weights, partial)

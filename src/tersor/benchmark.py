@@ -270,6 +270,7 @@ def self_check(
     repetitions: int = 100,
     min_effect: float = MIN_EFFECT,
     budget_s: float = 2.0,
+    warm_up_s: float = 0.25,
     planted: float = 0.0,
     seed: int = 0,
     display: Track = silent,
@@ -283,6 +284,7 @@ def self_check(
         repetitions: Contests.
         min_effect: As in the comparison that is checked.
         budget_s: Time of each contest beyond its warm-up.
+        warm_up_s: Warm-up of each copy in each contest.
         planted: The second copy is really made slower by this share: how often is it found?
         seed: Decides orders and bootstraps; each repetition has its own.
         display: Progress.
@@ -304,7 +306,7 @@ def self_check(
                     min_effect=min_effect,
                     budget_s=budget_s,
                     seed=seed + i,
-                    warm_up_s=0.25,
+                    warm_up_s=warm_up_s,
                 )
             )
         finally:

@@ -20,8 +20,9 @@ from tersor.core.hardware import environment
 from tersor.core.metric import Measurement
 from tersor.core.model import Inputs
 from tersor.core.recipe import Recipe, stage_name, step_name
-from tersor.core.report import Ratio, Report, StageReport, Verdict
+from tersor.core.report import LimitReport, Ratio, Report, StageReport, Verdict
 from tersor.core.schema import Mistakes, changed, from_plain, to_plain
+from tersor.core.statistics import Comparison
 from tersor.ops import edits, losses
 from tersor.ops.lower import form_of, lower
 from tersor.verdict import SPEEDS, Decision, Evidence, check_limits, judge
@@ -79,7 +80,7 @@ class Run:
         folder = workspace.begin(self.work, index)
         for attempt in range(1 + WEAKER_TRIES):
             after, facts = self._apply(index, attempt, stage, before, folder)
-            decision, measurements = self._judge(before, after)
+            decision, measurements, speed = self._judge(before, after)
             verdict: Verdict = "applied"
             if self.recipe.goal is not None and decision.keep:
                 verdict = "weakened" if attempt else "kept"
@@ -103,6 +104,7 @@ class Run:
             verdict=verdict,
             reason=decision.reason,
             measurements=measurements,
+            speed=speed,
             seconds=time.perf_counter() - started,
             settings=tuple(_settings(c) for c in stage),
             facts=facts,
@@ -225,11 +227,17 @@ class Run:
         goal = self.recipe.goal
         return goal is not None and (name == goal.best or name in goal.limits)
 
-    def _judge(self, before: State, after: State) -> tuple[Decision, tuple[Measurement, ...]]:
+    def _judge(
+        self, before: State, after: State
+    ) -> tuple[Decision, tuple[Measurement, ...], Ratio | None]:
         measured = tuple(after.scores.measurements.values())
         goal = self.recipe.goal
         if goal is None:
-            return Decision(keep=True, reason="applied as written: no goal was given"), measured
+            return (
+                Decision(keep=True, reason="applied as written: no goal was given"),
+                measured,
+                None,
+            )
         contest = None
         if any(n in SPEEDS for n in (goal.best, *goal.limits)):
             timed = self._timed("validation")
@@ -257,7 +265,7 @@ class Run:
             unchanged=float(np.sqrt(np.mean(np.square(moved)))) / scale <= SAME_OUTPUTS,
             quality=quality,
         )
-        return judge(goal, seen), measured
+        return judge(goal, seen), measured, None if contest is None else _speed(contest)
 
     def _timed(self, split: str) -> list[Any]:
         names = list(self.inputs.example)
@@ -294,19 +302,8 @@ class Run:
             c = benchmark.contest(
                 before.candidate.runner, after.candidate.runner, self._timed("test"), seed=self.seed
             )
-            word = {"faster": "better", "slower": "worse"}.get(c.verdict, c.verdict)
-            ratios.insert(
-                0,
-                Ratio(
-                    metric="latency",
-                    value=c.speedup,
-                    low=c.low,
-                    high=c.high,
-                    verdict=word,
-                    how=c.how,
-                ),
-            )
-        limits = ()
+            ratios.insert(0, _speed(c))
+        limits: tuple[LimitReport, ...] = ()
         if self.recipe.goal is not None:
             limits = check_limits(
                 self.recipe.goal, first.measurements, last.measurements, intervals, strict
@@ -316,6 +313,7 @@ class Run:
             recipe=self.recipe.plain(),
             before=tuple(first.measurements.values()),
             after=tuple(last.measurements.values()),
+            start=() if self.first is None else tuple(self.first.scores.measurements.values()),
             stages=stages,
             ratios=tuple(ratios),
             limits=limits,
@@ -343,6 +341,18 @@ def _weaker(stage: tuple[Any, ...]) -> tuple[Any, ...] | None:
         any_weaker |= weaker is not None
         made.append(config if weaker is None else weaker)
     return tuple(made) if any_weaker else None
+
+
+def _speed(found: Comparison) -> Ratio:
+    """Write an interleaved contest of latencies as a ratio."""
+    return Ratio(
+        metric="latency",
+        value=found.speedup,
+        low=found.low,
+        high=found.high,
+        verdict={"faster": "better", "slower": "worse"}.get(found.verdict, found.verdict),
+        how=found.how,
+    )
 
 
 def _ratio(before: Measurement, after: Measurement) -> Ratio:

@@ -30,6 +30,7 @@ from tersor.core.runtime import Runner, Target
 from tersor.core.schema import Mistakes, from_plain, to_plain
 
 _WAIT_S = 30.0
+_RETRIES = 20
 _log = logging.getLogger("tersor")
 
 
@@ -64,6 +65,17 @@ class Artifact:
         folder = Path(path)
         if not folder.exists():
             _recover(folder)
+        for _ in range(_RETRIES):
+            before = _identity(folder)
+            try:
+                return Artifact._open(folder, check)
+            except ArtifactError:
+                if _identity(folder) == before:  # else a writer replaced it while we were reading
+                    raise
+        return Artifact._open(folder, check)
+
+    @staticmethod
+    def _open(folder: Path, check: Literal["sizes", "hashes"]) -> "Artifact":
         manifest = read(folder)
         check_sizes(folder, manifest)
         report = _read_report(folder) if REPORT in manifest["files"] else Report()
@@ -296,6 +308,14 @@ def _clear(out: Path) -> None:
             disk.sync_dir(out.parent)
     for stale in (*disk.left_beside(out, "tmp"), *disk.left_beside(out, "old")):
         _discard(stale)
+
+
+def _identity(folder: Path) -> int | None:
+    """Return what changes when a directory is replaced by another one."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _recover(folder: Path) -> None:

@@ -10,28 +10,6 @@ Verdict = Literal["applied", "kept", "weakened", "dropped"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageReport:
-    """One stage and what became of it."""
-
-    name: str
-    """Its techniques, joined by " + "."""
-    verdict: Verdict
-    """ "applied" without a goal."""
-    reason: str
-    """Why, with the numbers."""
-    measurements: tuple[Measurement, ...] = ()
-    """The network after this stage, on the split that decides."""
-    seconds: float = 0.0
-    """Wall time of the stage: applying, exporting, measuring."""
-    settings: tuple[Mapping[str, Any], ...] = ()
-    """The steps as they were applied, as in a recipe."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the techniques recorded, by technique."""
-    attempts: tuple[Mapping[str, Any], ...] = ()
-    """Every try before the last one: settings, measurements, reason."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Ratio:
     """Before / after of one metric, re-measured interleaved where it is a speed."""
 
@@ -44,6 +22,30 @@ class Ratio:
     verdict: str
     """ "better", "worse" or "no difference"."""
     how: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """One stage and what became of it."""
+
+    name: str
+    """Its techniques, joined by " + "."""
+    verdict: Verdict
+    """ "applied" without a goal."""
+    reason: str
+    """Why, with the numbers."""
+    measurements: tuple[Measurement, ...] = ()
+    """The network after this stage, on the split that decides."""
+    speed: Ratio | None = None
+    """Latency against the stage before, interleaved, where the goal speaks of a speed."""
+    seconds: float = 0.0
+    """Wall time of the stage: applying, exporting, measuring."""
+    settings: tuple[Mapping[str, Any], ...] = ()
+    """The steps as they were applied, as in a recipe."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the techniques recorded, by technique."""
+    attempts: tuple[Mapping[str, Any], ...] = ()
+    """Every try before the last one: settings, measurements, reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ class Report:
     before: tuple[Measurement, ...] = ()
     """The untouched network, exported to the same target in fp32."""
     after: tuple[Measurement, ...] = ()
+    start: tuple[Measurement, ...] = ()
+    """The untouched network on the split that decides, as the stages are measured."""
     stages: tuple[StageReport, ...] = ()
     ratios: tuple[Ratio, ...] = ()
     limits: tuple[LimitReport, ...] = ()

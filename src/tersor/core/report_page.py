@@ -19,8 +19,10 @@ from tersor.core.report_view import (
     flat,
     headline,
     limited,
+    originals,
     pairs,
     quality_metric,
+    stage_figures,
 )
 from tersor.core.report_words import (
     LANGUAGES,
@@ -188,20 +190,22 @@ def _stages(report: Report) -> list[str]:
     if not report.stages:
         return [*lines, f"<p>{_say('stages_none')}</p>"]
     metric, quality = x_metric(report), quality_metric(report)
-    measured = [find(stage.measurements, metric) for stage in report.stages]
-    original = find(report.before, metric)
+    figures = stage_figures(report)
+    measured = [find(shown, metric) for shown in figures]
+    original = find(originals(report), metric)
     longest = max([m.value for m in (original, *measured) if m is not None], default=0.0)
     words = (say("stages_note", lang, metric=metric_word(metric, lang)) for lang in LANGUAGES)
     lines += [f'<p class="note">{_both(*words)}</p>', '<ol class="stages">']
     if original is not None:
-        bar = _bar(original, longest, "original", original, find(report.before, quality))
+        bar = _bar(original, longest, "original", original, find(originals(report), quality))
         lines.append(f'<li><div class="stage">{_verdict("original")}</div>{bar}</li>')
     for number, (stage, now) in enumerate(zip(report.stages, measured, strict=True), 1):
         lines += _stage(number, stage)
         if now is not None:
             good = find(stage.measurements, quality)
             lines.append(_bar(now, longest, stage.verdict, original, good))
-        lines += [f'<p class="reason">{escape(stage.reason)}</p>', *_details(stage), "</li>"]
+        details = _details(stage, figures[number - 1])
+        lines += [f'<p class="reason">{escape(stage.reason)}</p>', *details, "</li>"]
     return [*lines, "</ol>"]
 
 
@@ -249,7 +253,7 @@ def _bar(
     )
 
 
-def _details(stage: StageReport) -> list[str]:
+def _details(stage: StageReport, figures: Sequence[Measurement]) -> list[str]:
     blocks = [
         ("settings", to_plain(stage.settings)),
         ("attempts", [_attempt(attempt) for attempt in stage.attempts]),
@@ -260,8 +264,8 @@ def _details(stage: StageReport) -> list[str]:
         for key, content in blocks
         if content
     ]
-    if stage.measurements:
-        rows = [_row(_metric(m.metric), _figure(m), how=m.how) for m in stage.measurements]
+    if figures:
+        rows = [_row(_metric(m.metric), _figure(m), how=m.how) for m in figures]
         shown = [*_table(("metric", "measured", "how"), rows), *shown]
     if not shown:
         return []

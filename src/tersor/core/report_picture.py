@@ -5,9 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from tersor.core.goal import Limit
 from tersor.core.metric import Measurement
 from tersor.core.report import Report
-from tersor.core.report_view import best_metric, figure, find, quality_metric
+from tersor.core.report_view import (
+    best_metric,
+    figure,
+    find,
+    originals,
+    quality_metric,
+    stage_figures,
+)
 from tersor.core.report_words import LANGUAGES, Language, human, metric_word, say
 
 WIDTH, HEIGHT = 880, 430
@@ -32,9 +40,13 @@ class Point:
 def points(report: Report) -> list[Point]:
     """List what the picture shows; fewer than two points make no picture."""
     x_name, y_name = x_metric(report), quality_metric(report)
-    wanted = [("original", "original", "", report.before)]
-    wanted += [(str(i), s.verdict, s.name, s.measurements) for i, s in enumerate(report.stages, 1)]
-    wanted += [("result", "result", "", report.after)]
+    wanted = [("original", "original", "", originals(report))]
+    for number, (stage, shown) in enumerate(
+        zip(report.stages, stage_figures(report), strict=True), 1
+    ):
+        wanted.append((str(number), stage.verdict, stage.name, shown))
+    if not report.stages:
+        wanted.append(("result", "result", "", report.after))
     found = []
     for label, kind, name, measurements in wanted:
         x, y = find(measurements, x_name), find(measurements, y_name)
@@ -60,11 +72,7 @@ def draw(report: Report) -> str:
     if len(shown) < 2:
         return ""
     across = _Axis.over([_ends(p.x) for p in shown], _LEFT, WIDTH - _RIGHT)
-    bounds = [
-        li.bound
-        for li in report.limits
-        if li.metric == shown[0].y.metric and math.isfinite(li.bound)
-    ]
+    bounds = _bounds(report, shown[0].y)
     up = _Axis.over(
         [*(_ends(p.y) for p in shown), *((b, b) for b in bounds)], HEIGHT - _BOTTOM, _TOP
     )
@@ -77,6 +85,16 @@ def draw(report: Report) -> str:
         "</svg>",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _bounds(report: Report, original: Measurement) -> list[float]:
+    """Return the limits on the quality, from the original on the same split."""
+    found = []
+    for limit in report.limits:
+        if limit.metric == original.metric:
+            asked = Limit.parse(limit.text)
+            found.append(asked.bound(original.value, original.unit, original.better))
+    return found
 
 
 def corner(report: Report) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import yaml
 
 from tersor.core.report import Report, StageReport
-from tersor.core.report_view import change, figure, flat, headline, limited, pairs
+from tersor.core.report_view import change, figure, flat, headline, limited, pairs, stage_figures
 from tersor.core.report_words import Language, human, human_seconds, metric_word, say
 from tersor.core.schema import to_plain
 
@@ -34,7 +34,7 @@ def to_markdown(report: Report, lang: Language = "en") -> str:
         say("before_note", lang),
         _measured(report, lang),
         f"## {say('stages', lang)}",
-        _stages(report.stages, lang),
+        _stages(report, lang),
         *_limits(report, lang),
         f"## {say('warnings', lang)}",
         "\n".join(f"- {_inline(text)}" for text in report.warnings) or say("warnings_none", lang),
@@ -72,15 +72,14 @@ def _measured(report: Report, lang: Language) -> str:
     return _table(head, rows)
 
 
-def _stages(stages: Sequence[StageReport], lang: Language) -> str:
+def _stages(report: Report, lang: Language) -> str:
+    stages, figures = report.stages, stage_figures(report)
     if not stages:
         return say("stages_none", lang)
     head = ["", *(say(key, lang) for key in ("stage", "verdict", "measured", "seconds", "reason"))]
     rows = []
-    for number, stage in enumerate(stages, 1):
-        measured = (
-            f"{metric_word(m.metric, lang)} {human(m.value, m.unit)}" for m in stage.measurements
-        )
+    for number, (stage, shown) in enumerate(zip(stages, figures, strict=True), 1):
+        measured = (f"{metric_word(m.metric, lang)} {human(m.value, m.unit)}" for m in shown)
         verdict = f"**{say(stage.verdict, lang)}**"
         took = human_seconds(stage.seconds)
         rows.append(

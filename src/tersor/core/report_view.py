@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tersor.core.metric import Better, Measurement
@@ -183,19 +183,57 @@ def quality_metric(report: Report) -> str:
     return next((name for name in ordered if name in measured and name not in COSTS), "")
 
 
+def originals(report: Report) -> tuple[Measurement, ...]:
+    """Return what the stages are seen against: the original on the split that decides."""
+    return report.start or report.before
+
+
+def stage_figures(report: Report) -> list[tuple[Measurement, ...]]:
+    """Return the measurements after each stage, latencies made comparable.
+
+    Figures that were measured minutes apart differ by the mood of the machine, too. So the latency
+    of a stage is the original's divided by the interleaved ratios of the stages up to it.
+    """
+    current = find(originals(report), "latency")
+    shown = []
+    for stage in report.stages:
+        measured = find(stage.measurements, "latency")
+        after = measured
+        if current is not None and measured is not None and stage.speed is not None:
+            after = _divided(current, measured, stage.speed)
+        shown.append(tuple(after if m is measured and after else m for m in stage.measurements))
+        if stage.verdict != "dropped":
+            current = after
+    return shown
+
+
+def _divided(before: Measurement, measured: Measurement, speed: Ratio) -> Measurement:
+    if not (speed.value > 0 and speed.low > 0):
+        return measured
+    return replace(
+        measured,
+        value=before.value / speed.value,
+        spread=(before.value / speed.high, before.value / speed.low),
+        how=f"{human(before.value, before.unit)} before the stage, divided by the interleaved "
+        f"ratio; alone: {figure(measured)}",
+    )
+
+
 def find(measurements: Sequence[Measurement], metric: str) -> Measurement | None:
     """Return the first measurement of a metric."""
     return next((item for item in measurements if item.metric == metric), None)
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """List a nested mapping as (dotted name, text) rows."""
+    """List a nested mapping as (dotted name, text) rows; what is unknown is left out."""
     rows: list[tuple[str, str]] = []
     for key, item in mapping.items():
         if isinstance(item, Mapping):
             rows += flat(item, f"{prefix}{key}.")
         elif isinstance(item, (list, tuple)):
             rows.append((f"{prefix}{key}", ", ".join(str(part) for part in item)))
-        else:
+        elif isinstance(item, int) and key.endswith("_bytes"):
+            rows.append((f"{prefix}{key.removesuffix('_bytes')}", human(item, "B")))
+        elif item is not None:
             rows.append((f"{prefix}{key}", str(item)))
     return rows

@@ -42,7 +42,7 @@ def human(value: float | None, unit: str, near: float | None = None) -> str:
     if value is None or not math.isfinite(value):
         return "n/a"
     factor, word = _scale(value if near is None else near, unit)
-    return f"{_digits(value * factor, unit)} {word}".strip()
+    return f"{_digits(value, factor, unit)} {word}".strip()
 
 
 def human_interval(
@@ -50,7 +50,7 @@ def human_interval(
 ) -> str:
     """Write an interval in the unit that `human` chooses for `near`: "2.28 to 2.35"."""
     factor, _ = _scale(near, unit)
-    low, high = (_digits(end * factor, unit) if math.isfinite(end) else "n/a" for end in spread)
+    low, high = (_digits(end, factor, unit) if math.isfinite(end) else "n/a" for end in spread)
     return say("interval", lang, low=low, high=high)
 
 
@@ -80,12 +80,14 @@ def _scale(value: float, unit: str) -> tuple[float, str]:
     return 1.0, {"1/s": "/s"}.get(unit, unit)
 
 
-def _digits(value: float, unit: str) -> str:
+def _digits(value: float, factor: float, unit: str) -> str:
+    """Write three digits; counts that are not scaled whole."""
     if unit == "%":
         return f"{value:.2f}"
     if value == 0:
         return "0"
-    if unit in ("1", "B") and value == int(value) and abs(value) < 1e4:
+    if unit in ("1", "B") and factor == 1 and value == int(value):
         return str(int(value))
+    value *= factor
     whole = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{whole}f}" if abs(value) >= 1e-4 else f"{value:.2e}"

@@ -132,7 +132,7 @@ def _read(hint: Any, raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Any
 
 
 def _read_union(hints: list[Any], raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Any:
-    for hint in hints:
+    for hint in sorted(hints, key=lambda hint: type(raw) is not hint):  # 1 stays a number, not "1"
         attempt = Mistakes()
         value = _read(hint, raw, path, attempt)
         if not attempt.found:

@@ -46,18 +46,21 @@ def of_tensors(tensors: Mapping[str, Tensor], *, shuffle: bool = False) -> Batch
     return Batches(read, len(next(iter(tensors.values()))), shuffle=shuffle)
 
 
-def roles(count: int, labels: Sequence[int] | None = None, seed: int = 0) -> dict[str, np.ndarray]:
-    """Deal samples to train, validation and test, 80 / 10 / 10 (of each class, where known).
+def roles(
+    count: int, labels: Sequence[int] | None = None, seed: int = 0, *, parts: int = 10
+) -> dict[str, np.ndarray]:
+    """Deal samples to train, validation and test (of each class, where known).
 
-    The same count, labels and seed give the same rows, in ascending order.
+    Validation and test get one part in `parts` each. The same count, labels and seed give the same
+    rows, in ascending order.
     """
     rng = np.random.default_rng(seed)
     kinds = np.zeros(count, np.int64) if labels is None else np.asarray(labels)
     dealt: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
     for kind in np.unique(kinds):
         rows = rng.permutation(np.flatnonzero(kinds == kind))
-        tenth = len(rows) // 10
-        dealt["validation"].append(rows[:tenth])
-        dealt["test"].append(rows[tenth : 2 * tenth])
-        dealt["train"].append(rows[2 * tenth :])
+        part = len(rows) // parts
+        dealt["validation"].append(rows[:part])
+        dealt["test"].append(rows[part : 2 * part])
+        dealt["train"].append(rows[2 * part :])
     return {name: np.sort(np.concatenate(parts)) for name, parts in dealt.items()}

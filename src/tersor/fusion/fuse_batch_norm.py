@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tersor.core.context import Context
+from tersor.core.errors import StepError, suggest
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops.capture import capture
@@ -16,7 +17,7 @@ class FuseBatchNorm:
     """Settings of batch norm folding."""
 
     layers: Layers = Layers()
-    """Names of the batch norms, or of the layers before them, that may be folded."""
+    """Convolutions and linear layers that a batch norm may be folded into."""
 
 
 @technique(paper="arXiv:1712.05877")
@@ -30,16 +31,20 @@ def fuse_batch_norm(net: nn.Module, config: FuseBatchNorm, context: Context) -> 
         Jacob et al., arXiv:1712.05877, section 3.2.
     """
     net.eval()
-    pairs = [
-        (layer, bn)
-        for layer, bn in find_batch_norms(capture(net, context.inputs))
-        if config.layers.holds(layer) or config.layers.holds(bn)
-    ]
+    found = find_batch_norms(capture(net, context.inputs))
+    names = [layer for layer, _ in found]
+    unused = config.layers.unused(names) if names else ()
+    if unused:
+        raise StepError(
+            f"layers: {unused[0]!r} matches no layer with a batch norm behind it."
+            f"{suggest(unused[0].lstrip('!'), names)}"
+        )
+    pairs = [p for p in found if config.layers.holds(p[0])]
     for layer, bn in context.track(pairs, "folding batch norms", len(pairs)):
         fold_batch_norm(net.get_submodule(layer), net.get_submodule(bn))
         net.set_submodule(bn, nn.Identity())
     left = [n for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     context.record(folded=len(pairs), left=left)
-    if not pairs:
+    if not found:
         context.record(note="no batch norm directly follows a layer it could be folded into")
     return net

@@ -1,4 +1,4 @@
-"""Look at activations while batches run through a network, in memory that does not grow with them."""
+"""Look at activations while batches run through a network, in memory that does not grow."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,8 @@ def histograms(
         The histograms and the number of samples seen.
 
     Raises:
-        DataError: no batch; a batch without an input, of another shape or dtype, with NaN or infinity, or
+        DataError: no batch; a batch without an input, of another shape or dtype, with NaN or
+        infinity, or
             that the network refuses; or the iterable raised. Names the batch, and the layer.
     """
     made = [Histogram() for _ in observed]
@@ -146,7 +147,9 @@ def _check(batch: Batch, index: int, inputs: Inputs) -> int:
             for axis, (have, want) in enumerate(zip(shape, example.shape, strict=True))
         )
         if not same:
-            expected = ", ".join("any" if i in free else str(s) for i, s in enumerate(example.shape))
+            expected = ", ".join(
+                "any" if i in free else str(s) for i, s in enumerate(example.shape)
+            )
             raise DataError(
                 f"calibration batch {index}: {name!r} has shape {shape}, expected ({expected})"
             )
@@ -164,5 +167,6 @@ def _check_values(tensor: Tensor, name: str, index: int) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise DataError(
-            f"calibration batch {index}: {name!r} holds NaN or infinity in {bad} of {tensor.numel()} values"
+            f"calibration batch {index}: {name!r} holds NaN or infinity in {bad} of "
+            f"{tensor.numel()} values"
         )

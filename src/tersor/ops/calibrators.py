@@ -1,6 +1,7 @@
 """Ranges of activations from their histograms: min_max, percentile, entropy, mse.
 
-Each is a function (histogram) -> (low, high), the range that gets codes; what lies outside is clipped.
+Each is a function (histogram) -> (low, high), the range that gets codes; what lies outside is
+clipped.
 """
 
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def entropy(histogram: Histogram) -> tuple[float, float]:
 
 
 def mse(histogram: Histogram) -> tuple[float, float]:
-    """Choose the range with the smallest squared error of rounding and clipping; each end by itself."""
+    """Choose the range of smallest squared error of rounding and clipping; each end by itself."""
     return _best(histogram, _squared_error, both=False)
 
 

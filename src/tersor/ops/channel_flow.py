@@ -15,67 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from tersor.ops.atoms import Atoms, Dims, Flow
 from tersor.ops.blocks import PassThrough
-
-Atoms = np.ndarray
-"""One int64 an index."""
-Dims = dict[int, Atoms]
-"""Dimension of a tensor -> atoms along it."""
-Port = tuple[str, str]
-"""(layer, side): "out", "in", "both" (norms), "depthwise"; "dimN" of a bare parameter."""
-
-
-class Flow:
-    """What was found: the atoms at every port, united, and why some cannot be cut."""
-
-    def __init__(self) -> None:
-        self.parent: list[int] = []
-        self.ports: dict[Port, Atoms] = {}
-        self.reasons: list[tuple[int, str]] = []
-
-    def new(self, count: int) -> Atoms:
-        """Make atoms."""
-        start = len(self.parent)
-        self.parent.extend(range(start, start + count))
-        return np.arange(start, start + count)
-
-    def root(self, atom: int) -> int:
-        """Return the atom that stands for all that are united with `atom`."""
-        while self.parent[atom] != atom:
-            self.parent[atom] = self.parent[self.parent[atom]]
-            atom = self.parent[atom]
-        return atom
-
-    def unite(self, a: Atoms, b: Atoms) -> None:
-        """Make atoms at the same index one."""
-        assert len(a) == len(b)
-        for left, right in zip(a.tolist(), b.tolist(), strict=True):
-            low, high = sorted((self.root(left), self.root(right)))
-            self.parent[high] = low
-
-    def block(self, atoms: Atoms, reason: str) -> None:
-        """Keep atoms from being cut."""
-        self.reasons += [(int(atom), reason) for atom in np.unique(atoms)]
-
-    def block_all(self, dims: Sequence[Dims], reason: str) -> None:
-        """Keep every atom of some tensors from being cut."""
-        for each in dims:
-            for atoms in each.values():
-                self.block(atoms, reason)
-
-    def port(self, layer: str, side: str, atoms: Atoms) -> Atoms:
-        """Note the atoms at a port; a layer that is called again sees the same ones."""
-        known = self.ports.setdefault((layer, side), atoms)
-        if known is not atoms:
-            self.unite(known, atoms)
-        return known
-
-    def blocked(self) -> dict[int, str]:
-        """Map roots that must not be cut to the first reason found."""
-        found: dict[int, str] = {}
-        for atom, reason in self.reasons:
-            found.setdefault(self.root(atom), reason)
-        return found
 
 
 def follow(captured: fx.GraphModule, net: nn.Module) -> Flow:
@@ -88,9 +29,18 @@ def follow(captured: fx.GraphModule, net: nn.Module) -> Flow:
     flow = Flow()
     values: dict[fx.Node, Dims] = {}
     for node in captured.graph.nodes:
+        if node.op == "get_attr" and "shape" not in node.meta:
+            node.meta["shape"] = _bare_shape(captured, str(node.target))
         values[node] = _Step(flow, captured, net, node, values).run()
     _block_tied(flow, net)
     return flow
+
+
+def _bare_shape(captured: fx.GraphModule, target: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor that the graph reads by name; buffers come without a note."""
+    owner, _, leaf = target.rpartition(".")
+    found = getattr(captured.get_submodule(owner), leaf)
+    return tuple(found.shape) if isinstance(found, Tensor) else None
 
 
 def _block_tied(flow: Flow, net: nn.Module) -> None:
@@ -118,7 +68,7 @@ class _Step:
     ) -> None:
         self.flow, self.captured, self.net, self.node = flow, captured, net, node
         self.values = values
-        self.sources = [n for n in node.all_input_nodes if "shape" in n.meta]
+        self.sources = [n for n in node.all_input_nodes if n.meta.get("shape") is not None]
         self.dims = [values[n] for n in self.sources]
         self.shapes: list[tuple[int, ...]] = [n.meta["shape"] for n in self.sources]
         self.shape: tuple[int, ...] | None = node.meta.get("shape")
@@ -159,12 +109,10 @@ class _Step:
             return self.mixing(kind.__name__, _normalized(layer, self.shapes[0]))
         if kind in _POOLS:
             return self.spatial(kind.__name__)
-        if kind is nn.Flatten:
-            return self.flatten(int(layer.start_dim), int(layer.end_dim))  # type: ignore[arg-type]
-            # ints of nn.Flatten
-        if kind in (nn.Softmax, nn.LogSoftmax):
-            return self.mixing(kind.__name__, [int(layer.dim) % len(self.shapes[0])])  # type:
-            ignore[arg - type]  # an int
+        if isinstance(layer, nn.Flatten):
+            return self.flatten(layer.start_dim, layer.end_dim)
+        if isinstance(layer, (nn.Softmax, nn.LogSoftmax)):
+            return self.mixing(kind.__name__, self.listed(layer.dim))
         if kind in _ELEMENTWISE_LAYERS:
             return self.elementwise(kind.__name__)
         return self.unknown(kind.__name__)
@@ -467,6 +415,10 @@ def _normalized(layer: nn.Module, shape: tuple[int, ...]) -> list[int]:
     return list(range(len(shape) - len(layer.normalized_shape), len(shape)))
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -484,15 +436,15 @@ _ELEMENTWISE_LAYERS = (
     *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
     *(nn.Identity, PassThrough, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
 )
-_ELEMENTWISE = frozenset(
-    "relu relu6 leaky_relu elu gelu silu mish softplus sigmoid tanh hardswish hardsigmoid hardtanh "
-    "dropout dropout1d dropout2d dropout3d clamp clamp_min clamp_max abs neg exp sqrt rsqrt "
-    "square pow contiguous clone detach float to type_as add iadd sub isub rsub mul imul div truediv "
-    "itruediv maximum minimum".split()  # noqa: SIM905  # words read better
-)
-_SPATIAL = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample".split()  # noqa: SIM905  # as above
-)
+_ELEMENTWISE = _words("""
+    relu relu6 leaky_relu elu gelu silu mish softplus sigmoid tanh hardswish hardsigmoid hardtanh
+    dropout dropout1d dropout2d dropout3d clamp clamp_min clamp_max abs neg exp sqrt rsqrt square
+    pow contiguous clone detach float to type_as add iadd sub isub rsub mul imul div truediv
+    itruediv maximum minimum
+""")
+_SPATIAL = _words("""
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample
+""")
 _MIXING = {"softmax": "dim", "log_softmax": "dim"}
 _SHAPE_ONLY = frozenset({"getattr", "size", "dim", "len", "numel", "ndimension"})

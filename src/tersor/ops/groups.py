@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from tersor.ops.channel_flow import Port, follow
+from tersor.ops.atoms import Port
+from tersor.ops.channel_flow import follow
 
 # O output channels, I input channels of a layer (I: of one of its groups)
 

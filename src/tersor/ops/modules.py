@@ -1,8 +1,8 @@
 """What results are made of: layers with integer weights, and the rounding of activations.
 
-All are written in `torch.ops.quantized_decomposed`, which the exporters translate: to QuantizeLinear
-and DequantizeLinear in ONNX. Each has `arguments()`, from which an equal structure is made; its tensors
-then come from the state dict.
+All are written in `torch.ops.quantized_decomposed`, which the exporters translate: to
+QuantizeLinear and DequantizeLinear in ONNX. Each has `arguments()`, from which an equal structure
+is made; its tensors then come from the state dict.
 """
 
 from typing import Any
@@ -12,6 +12,8 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersor.core.errors import RecipeError, suggest
+from tersor.core.layers import Layers
 from tersor.ops.quantize import symmetric_codes
 
 _OPS = torch.ops.quantized_decomposed
@@ -42,7 +44,8 @@ class Quantize(nn.Module):
         """Return the values that the codes of `x` stand for."""
         dtype = torch.int8 if self.low < 0 else torch.uint8
         grid = (self.scale, self.zero, self.low, self.high, dtype)
-        return _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *grid), *grid)  # type: ignore[no-any-return]  # operators are untyped
+        made: Tensor = _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *grid), *grid)
+        return made
 
     def extra_repr(self) -> str:
         """Describe the grid."""
@@ -55,6 +58,7 @@ class QuantConv1d(nn.Module):
     weight: Tensor
     scale: Tensor
     zero: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,7 +75,9 @@ class QuantConv1d(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = _many(kernel_size, 1), stride
         self.padding, self.dilation, self.groups = padding, dilation, groups
-        _register(self, (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias)
+        _register(
+            self, (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -80,9 +86,7 @@ class QuantConv1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve with the dequantized weights."""
         weight = dequantized(self.weight, self.scale, self.zero)
-        return F.conv1d(
-            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv1d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantConv2d(nn.Module):
@@ -91,6 +95,7 @@ class QuantConv2d(nn.Module):
     weight: Tensor
     scale: Tensor
     zero: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -107,7 +112,9 @@ class QuantConv2d(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = _many(kernel_size, 2), stride
         self.padding, self.dilation, self.groups = padding, dilation, groups
-        _register(self, (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias)
+        _register(
+            self, (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -116,9 +123,7 @@ class QuantConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve with the dequantized weights."""
         weight = dequantized(self.weight, self.scale, self.zero)
-        return F.conv2d(
-            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantConvTranspose2d(nn.Module):
@@ -127,6 +132,7 @@ class QuantConvTranspose2d(nn.Module):
     weight: Tensor
     scale: Tensor
     zero: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -147,14 +153,29 @@ class QuantConvTranspose2d(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation")
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "output_padding",
+            "dilation",
+        )
         return {**{name: getattr(self, name) for name in names}, "bias": self.bias is not None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve with the dequantized weights."""
         weight = dequantized(self.weight, self.scale, self.zero, axis=1)
         return F.conv_transpose2d(
-            x, weight, self.bias, self.stride, self.padding, self.output_padding, 1, self.dilation  # type: ignore[arg-type]  # stubs want tuples
+            x,
+            weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            1,
+            self.dilation,  # type: ignore[arg-type]  # stubs want tuples
         )
 
 
@@ -164,6 +185,7 @@ class QuantLinear(nn.Module):
     weight: Tensor
     scale: Tensor
     zero: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -198,6 +220,7 @@ class GroupedLinear(nn.Module):
     weight: Tensor
     scale: Tensor
     zero: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -261,10 +284,19 @@ def why_not(layer: nn.Module) -> str | None:
     return None
 
 
+def check_patterns(layers: Layers, names: list[str]) -> None:
+    """Refuse a pattern that matches no layer: it is most likely misspelt."""
+    wrong = [p for p in layers.unused(names) if p != "*"]
+    if wrong:
+        nearest = suggest(wrong[0].lstrip("!"), names)
+        raise RecipeError(f"layers: pattern {wrong[0]!r} matches no layer.{nearest}")
+
+
 def rows(layer: nn.Module) -> Tensor:
     """Return a layer's weights with one row for each output channel, (O, I)."""
-    weight = layer.weight.detach()
+    weight = layer.weight
     assert isinstance(weight, Tensor)
+    weight = weight.detach()
     if isinstance(layer, nn.ConvTranspose2d):
         weight = weight.transpose(0, 1)
     return weight.flatten(1)
@@ -277,7 +309,7 @@ def quantized(layer: nn.Module, scale_O: Tensor) -> nn.Module:
         layer: A layer for which `why_not` is None.
         scale_O: Scale of each output channel.
     """
-    made: nn.Module
+    made: QuantLinear | QuantConv1d | QuantConv2d | QuantConvTranspose2d
     if isinstance(layer, nn.Linear):
         made = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None)
     elif isinstance(layer, nn.ConvTranspose2d):
@@ -309,24 +341,35 @@ def quantized(layer: nn.Module, scale_O: Tensor) -> nn.Module:
         codes = codes_OI.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous()
     else:
         codes = codes_OI.view(shape)
-    made.weight, made.scale, made.bias = codes, scale_O, layer.bias
+    made.weight, made.scale = codes, scale_O
+    made.register_parameter("bias", layer.bias)  # type: ignore[arg-type]  # the stubs forget None
     return made.train(layer.training)
 
 
 def dequantized(weight: Tensor, scale_O: Tensor, zero_O: Tensor, axis: int = 0) -> Tensor:
     """Return the float weights that int8 codes stand for."""
-    return _OPS.dequantize_per_channel(weight, scale_O, zero_O, axis, -127, 127, torch.int8)  # type: ignore[no-any-return]  # operators are untyped
+    grid = (scale_O, zero_O, axis, -127, 127, torch.int8)
+    made: Tensor = _OPS.dequantize_per_channel(weight, *grid)
+    return made
 
 
 def _register(layer: nn.Module, shape: tuple[int, ...], out_channels: int, bias: bool) -> None:
     layer.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
     layer.register_buffer("scale", torch.ones(out_channels))
     layer.register_buffer("zero", torch.zeros(out_channels, dtype=torch.int64))
-    layer.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+    layer.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
 
 
 def _conv_arguments(layer: nn.Module) -> dict[str, Any]:
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    )
     return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
 
 

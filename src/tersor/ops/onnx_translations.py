@@ -1,4 +1,4 @@
-"""ONNX for our quantized layers, where the exporter has none or writes a form that runtimes do not fuse.
+"""ONNX for quantized layers, where the exporter has none or writes what runtimes do not fuse.
 
 `translations` serves the exporter; `finish` works on what it wrote: 4-bit codes are packed two to a
 byte, and biases of integer Gemms become integers, which ONNX Runtime asks for.
@@ -50,7 +50,8 @@ def finish(model: Any) -> Any:
     (input scale * weight scale), the step of the 32-bit sums they are added to.
 
     Args:
-        model: onnx.ModelProto; changed and returned. A model without quantized layers stays as it is.
+        model: onnx.ModelProto; changed and returned. A model without quantized layers stays as it
+        is.
     """
     graph = _Graph(model.graph)
     for node in list(model.graph.node):
@@ -246,4 +247,3 @@ def _attribute(node: Any, name: str) -> Any:
         if attribute.name == name:
             return onnx.helper.get_attribute_value(attribute)
     return None
-

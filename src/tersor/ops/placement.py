@@ -1,12 +1,13 @@
 """Where activations are rounded, so that runtimes fuse the roundings with their integer operators.
 
-ONNX Runtime, OpenVINO and TensorRT compute a layer in integers only if its inputs, and for most layers
-its output, are rounded. An operator between two integer layers that is left without roundings costs a
-conversion to float and back, more than the integer layer saves. So every tensor between integer
-operators is rounded, once:
+ONNX Runtime, OpenVINO and TensorRT compute a layer in integers only if its inputs, and for most
+layers its output, are rounded. An operator between two integer layers that is left without
+roundings costs a conversion to float and back, more than the integer layer saves. So every tensor
+between integer operators is rounded, once:
 
 - inputs of convolutions and linear layers;
-- outputs of convolutions, after the ReLU, ReLU6 or clamp that runtimes fuse into them, never before it
+- outputs of convolutions, after the ReLU, ReLU6 or clamp that runtimes fuse into them, never before
+  it
   (but not where only reshaping follows, as where patches become the tokens of a transformer);
 - both inputs and the output of an addition that joins convolutions (its ReLU again included);
 - inputs and output of a concatenation, all with one scale;
@@ -14,9 +15,10 @@ operators is rounded, once:
   resizing) keeps the scale of its input;
 - average pooling gets a scale of its own.
 
-Everything else stays in float, without roundings around it: normalizations, softmax, GELU, SiLU, sigmoids,
-attention, and the residual additions of transformers, whose linear layers write float anyway (integer
-MatMuls of the runtimes do) and whose sum would collect a rounding error from every block.
+Everything else stays in float, without roundings around it: normalizations, softmax, GELU, SiLU,
+sigmoids, attention, and the residual additions of transformers, whose linear layers write float
+anyway (integer MatMuls of the runtimes do) and whose sum would collect a rounding error from every
+block.
 """
 
 import math
@@ -98,7 +100,8 @@ def drop_identities(captured: fx.GraphModule) -> None:
     modules = dict(captured.named_modules())
     for node in list(captured.graph.nodes):
         named = node.op == "call_module" and isinstance(
-            modules[node.target], (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+            modules[node.target],
+            (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
         )
         if (named or node.target in (F.dropout, F.dropout2d)) and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
@@ -120,7 +123,7 @@ def place(captured: fx.GraphModule, layers: Collection[str]) -> list[Point]:
 
 
 def insert(captured: fx.GraphModule, rounded: Iterable[tuple[Point, Quantize]]) -> None:
-    """Put a call of `Quantize` behind each place; the modules become `rounding.0`, `rounding.1` ..."""
+    """Put a call of `Quantize` behind each place; modules become `rounding.0`, `rounding.1` ..."""
     for i, (point, module) in enumerate(rounded):
         name = f"rounding.{_first_free(captured, i)}"
         captured.add_submodule(name, module)
@@ -136,7 +139,11 @@ def insert(captured: fx.GraphModule, rounded: Iterable[tuple[Point, Quantize]]) 
 
 
 def _first_free(captured: fx.GraphModule, start: int) -> int:
-    taken = {name.rpartition(".")[2] for name, _ in captured.named_modules() if name.startswith("rounding.")}
+    taken = {
+        name.rpartition(".")[2]
+        for name, _ in captured.named_modules()
+        if name.startswith("rounding.")
+    }
     while str(start) in taken:
         start += 1
     return start
@@ -246,7 +253,7 @@ class _Placement:
         )
 
     def _may_be_integer(self, node: fx.Node) -> bool:
-        """Tell whether a runtime can have this tensor as codes; operands come first in the graph."""
+        """Tell whether a runtime can have this tensor as codes; operands come first in a graph."""
         kind = self.kinds[node]
         if kind == "layer":
             return self._is_convolution(node)
@@ -326,7 +333,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
         items = _first(node)
         tensors = list(items) if isinstance(items, (list, tuple)) else []
     else:
-        tensors = [*node.args[:2], *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs)]
+        tensors = [
+            *node.args[:2],
+            *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs),
+        ]
     fine = all(isinstance(t, fx.Node) and "shape" in t.meta for t in tensors)
     return tensors if fine else []
 
@@ -339,8 +349,9 @@ def _clamp_bounds(node: fx.Node) -> tuple[Any, float | None]:
     low, high = ("min_val", "max_val") if node.target is F.hardtanh else ("min", "max")
     bounds = [*node.args[1:3], None, None][:2]
     lowest, highest = node.kwargs.get(low, bounds[0]), node.kwargs.get(high, bounds[1])
-    fixed = isinstance(highest, (int, float)) and math.isfinite(highest)
-    return lowest, float(highest) if fixed else None  # type: ignore[arg-type]  # a number, as tested
+    if isinstance(highest, (int, float)) and math.isfinite(highest):
+        return lowest, float(highest)
+    return lowest, None
 
 
 def _nearest(module: nn.Module) -> bool:

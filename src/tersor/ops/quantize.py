@@ -23,8 +23,8 @@ def activation_grid(
 ) -> tuple[float, int, int, int]:
     """Return scale, zero, lowest and highest code of 8 bits for values of a range.
 
-    The range is widened to hold 0, which gets a code of its own: padding and ReLU stay exact. A range
-    without extent gets scale 1.
+    The range is widened to hold 0, which gets a code of its own: padding and ReLU stay exact. A
+    range without extent gets scale 1.
 
     Args:
         low: Smallest value to represent.
@@ -69,8 +69,9 @@ def channel_scales(
 ) -> Float[Tensor, "O"]:
     """Return the scale of each output channel for symmetric codes.
 
-    A runtime stores the bias in steps of (weight scale * input scale) with 32 bits. Where the weights
-    of a channel are so small, or all zero, that its bias would not fit, the scale is widened.
+    A runtime stores the bias in steps of (weight scale * input scale) with 32 bits. Where the
+    weights of a channel are so small, or all zero, that its bias would not fit, the scale is
+    widened.
 
     Args:
         weight_OI: Weights, one row for each channel.
@@ -117,7 +118,7 @@ def group_codes(
         ValueError: a weight is NaN or infinite.
     """
     _check_finite(weight_OI)
-    groups_OGS = weight_OI.float().unflatten(1, (-1, group_size))
+    groups_OGS = weight_OI.float().view(len(weight_OI), -1, group_size)
     if not symmetric:
         low_OG = groups_OGS.amin(2).clamp_max(0)
         high_OG = groups_OGS.amax(2).clamp_min(0)

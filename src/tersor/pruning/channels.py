@@ -165,7 +165,13 @@ def _choose(
         middle = (low + high) / 2
         share = count(removed_places(_at_ratio(groups, scores, config, middle))) / full
         low, high = (low, middle) if share <= config.macs else (middle, high)
-    return _at_ratio(groups, scores, config, high)
+    # between the two ratios many groups lose a channel at once: take as few of them as it needs
+    removal = list(_at_ratio(groups, scores, config, low))
+    for index, harder in enumerate(_at_ratio(groups, scores, config, high)):
+        if count(removed_places(removal)) <= config.macs * full:
+            break
+        removal[index] = harder
+    return removal
 
 
 def _at_ratio(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.context import Context
-from tersor.core.errors import DataError, StepError
+from tersor.core.errors import DataError, StepError, suggest
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops.blocks import Block, bypass, bypassed, find_blocks
@@ -102,6 +102,13 @@ def drop_layers(net: nn.Module, config: DropLayers, context: Context) -> nn.Modu
 
 def _candidates(net: nn.Module, config: DropLayers, context: Context) -> list[Block]:
     found, refused = find_blocks(net, context.inputs)
+    names = [*(block.name for block in found), *refused]
+    unused = config.layers.unused(names) if names else ()
+    if unused:
+        raise StepError(
+            f"layers: {unused[0]!r} matches no residual block."
+            f"{suggest(unused[0].lstrip('!'), names)} Blocks: {', '.join(names)}"
+        )
     chosen = [block for block in found if config.layers.holds(block.name)]
     if refused:
         context.record(cannot_be_bypassed=refused)

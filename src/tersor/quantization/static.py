@@ -8,14 +8,14 @@ from typing import Literal, Self
 from torch import fx, nn
 
 from tersor.core.context import Context
-from tersor.core.errors import DataError, ModelError, RecipeError, suggest
+from tersor.core.errors import DataError, ModelError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops import calibrators
 from tersor.ops.calibrate import histograms
 from tersor.ops.capture import annotate, capture
 from tersor.ops.fold import find_batch_norms, fold_batch_norm
-from tersor.ops.modules import Quantize, quantized, rows, why_not
+from tersor.ops.modules import Quantize, check_patterns, quantized, rows, why_not
 from tersor.ops.placement import Point, drop_identities, insert, place
 from tersor.ops.quantize import activation_grid, channel_scales
 
@@ -56,8 +56,9 @@ class Static:
 def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
     """Capture the network, fold batch norms, measure ranges, and round.
 
-    The result is a graph whose layers hold int8 weights and whose tensors are rounded where runtimes
-    fuse it (`ops.placement`). Bias stays float. Layers in float are in the facts, with the reason.
+    The result is a graph whose layers hold int8 weights and whose tensors are rounded where
+    runtimes fuse it (`ops.placement`). Bias stays float. Layers in float are in the facts, with the
+    reason.
 
     Source:
         Jacob et al., arXiv:1712.05877: integer-arithmetic-only inference, after training. Scales of
@@ -85,6 +86,8 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         captured.set_submodule(name, _integer(captured, name, rounded, config))
     insert(captured, rounded)
     annotate(captured, context.inputs)
+    if hasattr(net, "tersor_precision"):
+        captured.tersor_precision = net.tersor_precision
     context.record(
         layers=len(chosen),
         left_in_float=left,
@@ -110,7 +113,11 @@ def _choose(captured: fx.GraphModule, config: Static) -> tuple[list[str], dict[s
     """Return the layers to quantize in the order of the graph, and why others stay as they are."""
     modules = dict(captured.named_modules())
     called = Counter(str(n.target) for n in captured.graph.nodes if n.op == "call_module")
-    names = [n for n in called if isinstance(modules[n], _LAYERS) or why_not(modules[n]) == "quantized before"]
+    names = [
+        n
+        for n in called
+        if isinstance(modules[n], _LAYERS) or why_not(modules[n]) == "quantized before"
+    ]
     check_patterns(config.layers, names)
     able = [n for n in names if why_not(modules[n]) is None]
     ends = {able[0], able[-1]} if config.float_ends and able else set()
@@ -125,17 +132,17 @@ def _choose(captured: fx.GraphModule, config: Static) -> tuple[list[str], dict[s
             chosen.append(name)
         else:
             left[name] = reason
-    attentions = [n.name for n in captured.graph.nodes if n.target is nn.functional.scaled_dot_product_attention]
-    left.update(dict.fromkeys(attentions, "attention: its softmax is float, and so are the products around it"))
+    attentions = [
+        n.name
+        for n in captured.graph.nodes
+        if n.target is nn.functional.scaled_dot_product_attention
+    ]
+    left.update(
+        dict.fromkeys(
+            attentions, "attention: its softmax is float, and so are the products around it"
+        )
+    )
     return chosen, left
-
-
-def check_patterns(layers: Layers, names: list[str]) -> None:
-    """Refuse a pattern that matches no layer: it is most likely misspelt."""
-    wrong = [p for p in layers.unused(names) if p != "*"]
-    if wrong:
-        nearest = suggest(wrong[0].lstrip("!"), names)
-        raise RecipeError(f"layers: pattern {wrong[0]!r} matches no layer.{nearest}")
 
 
 def _calibrator(config: Static) -> calibrators.Calibrator:

@@ -1,0 +1,115 @@
+"""Weight-only: weights as 8- or 4-bit integers in groups, activations in float; smaller files."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from tersor.core.context import Context
+from tersor.core.errors import ModelError, RecipeError
+from tersor.core.layers import Layers
+from tersor.core.technique import technique
+from tersor.ops.capture import capture
+from tersor.ops.modules import GroupedLinear, check_patterns, quantized, rows, why_not
+from tersor.ops.quantize import channel_scales, group_codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOnly:
+    """Settings of weight-only quantization."""
+
+    bits: Literal[8, 4] = 8
+    """Bits of a weight. Convolutions are left in float at 4."""
+    group_size: int | None = None
+    """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 at 4 bits, -1
+    at 8. ONNX Runtime multiplies by packed weights only for powers of two from 16 on."""
+    symmetric: bool = True
+    """Codes around 0; else each group has a zero of its own."""
+    layers: Layers = Layers()
+    """Which linear layers and convolutions."""
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 2:
+            raise ValueError(f"group_size must be -1 or at least 2, got {self.group_size}")
+
+    @property
+    def size(self) -> int:
+        """The group size in force."""
+        return self.group_size if self.group_size is not None else (32 if self.bits == 4 else -1)
+
+
+@technique()
+def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Module:
+    """Replace linear layers, and at 8 bits convolutions, by layers of integer weights.
+
+    Rounding is to nearest, with the scale of a group from its largest weight. The runtimes multiply
+    in float32; whether that is faster than float weights depends on memory bandwidth. Convolutions
+    get one symmetric scale for each output channel whatever the group size.
+
+    Raises:
+        RecipeError: the group size does not divide a layer's columns; a pattern matches no layer.
+        ModelError: weights are NaN or infinite.
+    """
+    captured = capture(net.eval(), context.inputs)
+    called = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
+    layers = {
+        name: layer
+        for name, layer in captured.named_modules()
+        if name in called and (why_not(layer) is None or why_not(layer) == "quantized before")
+    }
+    check_patterns(config.layers, list(layers))
+    left: dict[str, str] = {}
+    chosen: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        reason = why_not(layer)
+        if reason is None and not config.layers.holds(name):
+            reason = "excluded by layers"
+        if reason is None and config.bits == 4 and not isinstance(layer, nn.Linear):
+            reason = "a convolution, which no runtime here computes from 4-bit weights"
+        if reason is None:
+            chosen[name] = layer
+        else:
+            left[name] = reason
+    for name, layer in chosen.items():
+        if isinstance(layer, nn.Linear):
+            _check_size(name, layer.in_features, config)
+    for name, layer in context.track(chosen.items(), "rounding weights", len(chosen)):
+        try:
+            captured.set_submodule(name, _rounded(layer, config))
+        except ValueError as error:
+            raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
+    if hasattr(net, "tersor_precision"):
+        captured.tersor_precision = net.tersor_precision
+    context.record(layers=len(chosen), left_in_float=left, group_size=config.size)
+    return captured
+
+
+def _check_size(name: str, columns: int, config: WeightOnly) -> None:
+    if config.size == -1 or columns % config.size == 0:
+        return
+    divisors = [d for d in range(2, columns + 1) if columns % d == 0]
+    nearest = min(divisors, key=lambda d: abs(d - config.size))
+    raise RecipeError(
+        f"weight_only: layer {name!r} has {columns} columns, not a multiple of group_size "
+        f'{config.size}; use group_size {nearest} or -1, or leave it out: layers: ["!{name}"]'
+    )
+
+
+def _rounded(layer: nn.Module, config: WeightOnly) -> nn.Module:
+    whole_rows = config.size == -1 and config.bits == 8 and config.symmetric
+    if not isinstance(layer, nn.Linear) or whole_rows:
+        return quantized(layer, channel_scales(rows(layer)))
+    size = layer.in_features if config.size == -1 else config.size
+    made = GroupedLinear(
+        layer.in_features,
+        layer.out_features,
+        bits=config.bits,
+        group_size=size,
+        symmetric=config.symmetric,
+        bias=layer.bias is not None,
+    )
+    codes, scale, zero = group_codes(
+        layer.weight.detach(), bits=config.bits, group_size=size, symmetric=config.symmetric
+    )
+    made.weight, made.scale, made.zero, made.bias = codes, scale, zero, layer.bias
+    return made.eval()

@@ -1,0 +1,178 @@
+"""Coupled channels: which belong together, which must stay, and that the cut is exact."""
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersor.core.model import Inputs
+from tersor.ops.capture import capture
+from tersor.ops.groups import Group, count_macs, cut, find_groups, mask, removed_places
+from tests import networks
+
+
+def groups_of(net: nn.Module, **example: Tensor) -> list[Group]:
+    return find_groups(capture(net.eval(), Inputs(example=example)), net)
+
+
+def check_exact(net: nn.Module, share: float = 0.5, **example: Tensor) -> list[Group]:
+    """Cut random channels of every free group; the outputs must be those of the masked network."""
+    chance = random.Random(0)
+    groups = [g for g in groups_of(net, **example) if not g.protected]
+    removal = [(g, chance.sample(range(g.size), int(share * g.size))) for g in groups]
+    masked, smaller = copy.deepcopy(net), copy.deepcopy(net)
+    mask(masked, removal)
+    cut(smaller, removal)
+    with torch.no_grad():
+        wanted, found = masked(**example), smaller(**example)
+    # float32 sums of fewer terms: rounding only
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert type(smaller) is type(net)
+    size = sum(p.numel() for p in smaller.parameters())
+    assert size < sum(p.numel() for p in net.parameters())
+    captured = capture(net, Inputs(example=example))
+    recount = count_macs(capture(smaller, Inputs(example=example)))({})
+    assert count_macs(captured)(removed_places(removal)) == recount
+    return groups
+
+
+def test_residual_network() -> None:
+    net = networks.tiny_cnn()
+    found = [str(g) for g in check_exact(net, x=networks.digits()[0][:4])]
+    assert found == [
+        "8 channels out of conv1, block1.conv2 through bn1, block1.bn2 into block1.conv1, "
+        "block2.conv1, block2.shortcut",
+        "8 channels out of block1.conv1 through block1.bn1 into block1.conv2",
+        "16 channels out of block2.conv1 through block2.bn1 into block2.conv2",
+        "16 channels out of block2.conv2, block2.shortcut, block3.conv2 through block2.bn2, "
+        "block3.bn2 into block3.conv1, fc",
+        "16 channels out of block3.conv1 through block3.bn1 into block3.conv2",
+    ]
+
+
+def test_transformer() -> None:
+    net = networks.tiny_transformer()
+    x = networks.digits()[0][:4]
+    assert [str(g) for g in check_exact(net, x=x)] == ["64 channels out of fc1 into fc2"]
+    reasons = [g.protected for g in groups_of(net, x=x) if g.protected]
+    assert reasons == [
+        "LayerNorm mixes channels (norm1)",
+        "reshape (reshape)",
+        "the network's output",
+    ]
+
+
+class Mixture(nn.Module):
+    """Grouped, depthwise, transposed and shared layers, concatenation, flatten, squeeze-excite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.norm = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 24, 3, padding=1, groups=12)
+        self.squeeze, self.excite = nn.Linear(24, 6), nn.Linear(6, 24)
+        self.shared = nn.Conv2d(24, 24, 1)
+        self.up = nn.ConvTranspose2d(24, 10, 2, 2)
+        self.up_grouped = nn.ConvTranspose2d(10, 8, 2, 2, groups=2)
+        self.scale = nn.Parameter(torch.randn(8, 1, 1))
+        self.last = nn.Linear(4 * (8 + 8), 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = F.relu(self.stem(x))
+        y = self.depthwise(F.relu6(self.norm(self.grouped(stem))))
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3))))))
+        y = y * gate[:, :, None, None]
+        y = self.shared(F.pad(self.shared(y), (1, 1, 1, 1)))
+        y = self.up_grouped(F.gelu(self.up(y))) * self.scale
+        y = torch.cat([F.adaptive_avg_pool2d(y, 2), F.adaptive_avg_pool2d(stem, 2)], dim=1)
+        return self.last(y.transpose(2, 3).reshape(x.shape[0], -1))
+
+
+def test_every_kind_of_layer() -> None:
+    torch.manual_seed(0)
+    groups = check_exact(Mixture().eval(), x=torch.randn(2, 1, 6, 6))
+    assert [str(g) for g in groups] == [
+        # one channel of each of the four groups at a time
+        "2 channels out of stem into grouped, last",
+        # the gate multiplies them; the shared layer reads what it makes
+        "3 channels out of grouped, excite, shared through norm, depthwise into squeeze, shared, up",
+        "6 channels out of squeeze into excite",
+        "5 channels out of up into up_grouped",
+        "4 channels out of up_grouped into last",
+    ]
+
+
+class Odd(nn.Module):
+    """Operators that need the number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+        self.fourth, self.fifth = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.tied, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.other.weight = self.tied.weight
+        self.register_buffer("table", torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).view(-1, 2, 3).flatten(1)
+        x = self.second(x)[:, 1:].sum(1, keepdim=True) + x
+        x = F.softmax(self.third(x), dim=1)
+        x = torch.matmul(self.fourth(x), torch.ones(6, 6))
+        x = self.fifth(x) + self.table
+        return self.other(self.tied(x))
+
+
+def test_what_is_not_followed_is_protected_and_says_why() -> None:
+    found = {g.name: g.protected for g in groups_of(Odd(), x=torch.randn(2, 6))}
+    assert found["first"] == "reshape (view)"
+    assert found["second"] == "indexing selects channels (getitem)"
+    assert found["third"] == "softmax mixes channels (softmax)"
+    assert found["fourth"] == "matmul (matmul)"
+    assert found["fifth"] == "table is used outside a layer"
+    assert found["tied"] == "tied and other share a weight"
+
+
+def test_batch_dimension_and_unread_channels() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.a(x).relu()
+            return self.c(x) + self.b(x).mean(1, keepdim=True)
+
+    found = {g.name: g.protected for g in groups_of(Net(), x=torch.randn(2, 4))}
+    assert found["b"] == "mean over channels (mean)"
+    assert found["c"] == "the network's output"
+
+
+CASES = {
+    "resnet20": ("cifar", (2, 3, 32, 32), 9),
+    "resnet8": ("cifar", (2, 3, 32, 32), 6),
+    "lenet5": ("mnist", (2, 1, 28, 28), 3),
+    "mobilenet_v2": ("fashion", (2, 1, 28, 28), 24),
+    "unet": ("fashion", (2, 1, 64, 64), 17),
+    "vit": ("fashion", (2, 1, 28, 28), 6),
+}
+
+
+@pytest.mark.parametrize("factory", CASES)
+def test_real_networks(factory: str, workload: Callable[[str], Any]) -> None:
+    script, shape, count = CASES[factory]
+    groups = check_exact(getattr(workload(script), factory)(), x=torch.randn(shape))
+    assert len(groups) == count
+
+
+def test_padded_shortcut_is_protected(workload: Callable[[str], Any]) -> None:
+    groups = groups_of(workload("cifar").resnet20(), x=torch.randn(2, 3, 32, 32))
+    trunk = {g.name: g.protected for g in groups if g.protected}
+    assert trunk["conv1"] == "pad adds channels (pad)"
+    assert len(trunk) == 4
+    assert "layer1.0.conv1" not in trunk

@@ -1,0 +1,215 @@
+"""Channel pruning: what was asked is what is cut, exactly; what cannot be done is said."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersor.core.context import Data
+from tersor.core.errors import DataError, StepError
+from tersor.core.layers import Layers
+from tersor.core.model import Inputs
+from tersor.ops.capture import capture
+from tersor.ops.groups import count_macs
+from tersor.pruning.channels import Channels, channels
+from tests import networks
+
+Make = Callable[..., Any]
+
+
+def macs(net: nn.Module) -> int:
+    return count_macs(capture(net, networks.inputs()))({})
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "taylor"])
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_half_of_the_channels(importance: Any, ranking: Any, tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    before = sum(p.numel() for p in net.parameters())
+    context = tiny_context(net)
+    config = Channels(ratio=0.5, importance=importance, ranking=ranking, multiple=1)
+    smaller = channels(net, config, context)
+    assert type(smaller) is networks.TinyCnn
+    assert smaller(networks.digits()[0][:3]).shape == (3, 10)
+    sizes = [tuple(map(int, text.split(" -> "))) for text in context.facts["groups"].values()]
+    assert sum(a for a, _ in sizes) == 64
+    assert sum(b for _, b in sizes) == 32
+    if ranking == "local":
+        assert all(2 * b == a for a, b in sizes)
+        assert smaller.block2.conv1.out_channels == smaller.block2.bn1.num_features == 8
+    assert sum(p.numel() for p in smaller.parameters()) < before / 2 or ranking == "global"
+    assert context.facts["macs_after"] == macs(smaller)
+    assert context.facts["protected"] == ["10 channels out of fc; protected: the network's output"]
+
+
+def test_what_stays_is_a_multiple(tiny_context: Make) -> None:
+    net = networks.tiny_cnn(width=16)
+    smaller = channels(net, Channels(ratio=0.3), tiny_context(net))
+    kept = {m.out_channels for m in smaller.modules() if isinstance(m, nn.Conv2d)}
+    assert kept == {16, 24}  # 16 -> 11.2 -> 16, 32 -> 22.4 -> 24
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize("target", [0.7, 0.3])
+def test_macs(target: float, ranking: Any, tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    full = macs(net)
+    config = Channels(macs=target, multiple=1, ranking=ranking)
+    share = macs(channels(net, config, tiny_context(net))) / full
+    # one channel of a group of 8 is a few percent of this network
+    assert target - 0.06 < share <= target
+
+
+def test_ratio_zero_changes_nothing(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    before = copy.deepcopy(net.state_dict())
+    same = channels(net, Channels(ratio=0.0), tiny_context(net))
+    assert all(torch.equal(v, before[k]) for k, v in same.state_dict().items())
+
+
+def test_the_same_seed_and_data_give_the_same_network(tiny_context: Make) -> None:
+    first, second = (
+        channels(net, Channels(importance="taylor", multiple=2), tiny_context(net)).state_dict()
+        for net in (networks.tiny_cnn(), networks.tiny_cnn())
+    )
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_layers(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    config = Channels(layers=Layers(patterns=("*.conv1", "!block1.*")), multiple=1)
+    context = tiny_context(net)
+    channels(net, config, context)
+    assert context.facts["groups"] == {"block2.conv1": "16 -> 8", "block3.conv1": "16 -> 8"}
+
+
+def test_dead_channels_go_first(tiny_context: Make) -> None:
+    """Silence five of eight channels: whichever the importance, they go, and the outputs stay."""
+    for importance in ("l1", "l2", "taylor"):
+        net = networks.tiny_cnn()
+        with torch.no_grad():
+            net.block1.conv1.weight[1:6] = 0
+            net.block1.conv2.weight[:, 1:6] = 0
+        x = networks.digits()[0][:20]
+        wanted = net(x)
+        data = Data(calibration=networks.split(0, 128)) if importance == "taylor" else Data()
+        context = tiny_context(net, data=data)
+        config = Channels(
+            ratio=5 / 8, multiple=1, importance=importance, layers=Layers(patterns=("block1.conv1",))
+        )
+        before = net.block1.conv1.weight.detach()[[0, 6, 7]].clone()
+        found = channels(net, config, context)
+        assert torch.equal(found.block1.conv1.weight, before)
+        if importance != "taylor":  # with data, statistics are estimated anew
+            torch.testing.assert_close(found(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_recipe_values() -> None:
+    with pytest.raises(ValueError, match=r"ratio must be in \[0, 1\), got 1.0"):
+        Channels(ratio=1.0)
+    with pytest.raises(ValueError, match=r"ratio must be in \[0, 1\), got -0.1"):
+        Channels(ratio=-0.1)
+    with pytest.raises(ValueError, match=r"macs must be in \(0, 1\], got 0"):
+        Channels(macs=0)
+    with pytest.raises(ValueError, match="give ratio or macs, not both"):
+        Channels(macs=0.5, ratio=0.5)
+    with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
+        Channels(multiple=0)
+
+
+def test_weaker() -> None:
+    assert Channels(ratio=0.5).weaker() == Channels(ratio=0.35)
+    assert Channels().weaker() == Channels(ratio=0.35)
+    assert Channels(macs=0.5).weaker() == Channels(macs=0.65)
+    assert Channels(ratio=0.05).weaker() is None
+    assert Channels(macs=0.95).weaker() is None
+
+
+def test_target_that_would_empty_a_layer(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(StepError, match=r"macs: 0.01 would empty layers: with 4 channels left in each group 0\.\d+ of the"):
+        channels(net, Channels(macs=0.01, multiple=4), tiny_context(net))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_rounding_that_removes_nothing(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    with pytest.raises(StepError, match="nothing would be removed: groups have 8, 16 channels, .* multiple of 8; use a smaller"):
+        channels(net, Channels(ratio=0.2), tiny_context(net))
+
+
+class Fixed(nn.Module):
+    """Its forward relies on the number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3), nn.Linear(8 * 36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x)).reshape(-1, 288))
+
+
+def test_everything_is_protected(tiny_context: Make) -> None:
+    net = Fixed().eval()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(StepError, match=r"no channels of Fixed can be cut, all are protected \(first: reshape \(reshape\); last: the network's output\)"):
+        channels(net, Channels(), tiny_context(net))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Divides(nn.Module):
+    """Computes with the number of channels: a graph cannot see what that means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.flatten(1))
+        return self.last(y / y.shape[1])
+
+
+def test_a_forward_that_computes_with_the_size_is_refused(tiny_context: Make) -> None:
+    net = Divides().eval()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(StepError, match="its forward computes with a layer's size. Exclude that layer"):
+        channels(net, Channels(), tiny_context(net))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_layers_that_do_not_exist_or_exclude_all(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    with pytest.raises(StepError, match="'block1.conf1' matches no layer with output channels. Did you mean 'block1.conv1'"):
+        channels(net, Channels(layers=Layers(patterns=("block1.conf1",))), tiny_context(net))
+    with pytest.raises(StepError, match="layers excludes every group that could be cut"):
+        channels(net, Channels(layers=Layers(patterns=("block1.conv2",))), tiny_context(net))
+
+
+def test_taylor_needs_labels(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    with pytest.raises(DataError, match="taylor needs calibration data with labels"):
+        channels(net, Channels(importance="taylor"), tiny_context(net, data=Data()))
+
+
+def test_nan_in_the_data(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    bad = [{"x": torch.full((2, 1, 8, 8), float("nan")), "labels": torch.zeros(2, dtype=torch.long)}]
+    with pytest.raises(StepError, match="the loss is nan on calibration batch 1"):
+        channels(net, Channels(importance="taylor"), tiny_context(net, data=Data(calibration=bad)))
+
+
+@pytest.mark.slow
+def test_resnet56(workload: Callable[[str], Any], tiny_context: Make) -> None:
+    cifar = workload("cifar")
+    net = cifar.resnet56()
+    example = Inputs(example={"x": torch.randn(2, 3, 32, 32)}, dynamic={"x": {0: "batch"}})
+    context = tiny_context(net, inputs=example, data=Data())
+    channels(net, Channels(ratio=0.5), context)
+    assert len(context.facts["groups"]) == 27
+    assert net.layer3[4].conv1.out_channels == 32
+    assert context.facts["macs_after"] < 0.52 * context.facts["macs_before"]

@@ -1,0 +1,274 @@
+"""Training: schedule, seeds, resume to the bit, and what happens when it goes wrong."""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersor.core.errors import DataError, StepError
+from tersor.trainer import fit
+from tests import networks
+
+
+def loss(net: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(net(batch["x"]), batch["labels"])
+
+
+class Shuffled:
+    """Batches that differ with `seed`, as a user's would."""
+
+    def __init__(self, count: int = 320, seed: int = 7) -> None:
+        self.count, self.seed, self.passes = count, seed, []  # type: ignore[var-annotated]
+
+    def __len__(self) -> int:
+        return self.count // 64
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self.passes.append(self.seed)
+        images, labels = networks.digits()
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed))
+        for rows in order.split(64):
+            yield {"x": images[rows], "labels": labels[rows]}
+
+
+class Plain(nn.Module):
+    """With dropout, which draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.norm, self.last = nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(F.relu(self.norm(self.hidden(x.flatten(1)))), 0.2, self.training)
+        return self.last(y)
+
+
+def plain() -> Plain:
+    torch.manual_seed(0)
+    return Plain()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_it_learns() -> None:
+    net = networks.tiny_cnn(trained=False)
+    before = copy.deepcopy(net.state_dict())
+    found = fit(net, loss, batches=networks.split(0, 1200), epochs=3, lr=0.1, threads=1)
+    assert found is net
+    assert not any(m.training for m in net.modules())
+    images, labels = networks.digits()
+    accuracy = (net(images[1200:]).argmax(1) == labels[1200:]).float().mean()
+    assert accuracy > 0.8
+    assert all(p.is_contiguous() and p.dtype == torch.float32 for p in net.parameters())
+    assert all(p.grad is None for p in net.parameters())
+    assert not torch.equal(net.bn1.running_mean, before["bn1.running_mean"])
+
+
+def test_a_seed_decides_everything() -> None:
+    nets = [fit(plain(), loss, batches=Shuffled(), epochs=2, seed=s, threads=1) for s in (3, 3, 4)]
+    assert same(nets[0], nets[1])
+    assert not same(nets[0], nets[2])
+
+
+def test_the_outside_stays_as_it_was() -> None:
+    net, threads, batches = plain(), torch.get_num_threads(), Shuffled()
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    fit(net, loss, batches=batches, epochs=2, seed=10, threads=1)
+    assert torch.equal(torch.rand(3), wanted)
+    assert torch.get_num_threads() == threads
+    assert batches.passes == [10, 11]
+    assert batches.seed == 7
+
+
+@pytest.mark.parametrize(("epochs", "count"), [(0.4, 2), (1, 5), (1.5, 8), (0, 0)])
+def test_parts_of_an_epoch(epochs: float, count: int) -> None:
+    steps: list[int] = []
+    net = plain()
+    before = copy.deepcopy(net)
+    fit(net, loss, batches=Shuffled(), epochs=epochs, on_step=steps.append, threads=1)
+    assert steps == list(range(1, count + 1))
+    assert same(net, before) is (count == 0)
+
+
+def test_batches_without_a_length() -> None:
+    class Stream:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            return iter(networks.split(0, 192))
+
+    steps: list[int] = []
+    fit(plain(), loss, batches=Stream(), epochs=2, on_step=steps.append, threads=1)
+    assert len(steps) == 6
+
+
+def test_sgd_step_by_step() -> None:
+    """Two steps against the update written out: Nesterov momentum, decay on matrices, the schedule."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    weight, bias = (p.detach().clone() for p in net.parameters())
+    batches = [{"input": b["x"].double(), "labels": b["labels"]} for b in networks.split(0, 128)]
+
+    def own(net: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(net(batch["input"]), batch["labels"])
+
+    fit(net, own, batches=batches, epochs=1, lr=0.1, optimizer="sgd", threads=1)
+    moments = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    values = [weight, bias]
+    for step, batch in enumerate(batches):
+        rate = 0.1 * min(step + 1, 0.5 * (1 + math.cos(math.pi * step / 2)))
+        leaves = [v.clone().requires_grad_() for v in values]
+        F.cross_entropy(F.linear(batch["input"].flatten(1), *leaves), batch["labels"]).backward()
+        for i, leaf in enumerate(leaves):
+            assert leaf.grad is not None
+            assert leaf.grad.norm() < 3  # the clip at 5 has no say here
+            grad = leaf.grad + (5e-4 * values[i] if i == 0 else 0)
+            moments[i] = 0.9 * moments[i] + grad
+            values[i] = values[i] - rate * (grad + 0.9 * moments[i])
+    for p, value in zip(net.parameters(), values, strict=True):
+        torch.testing.assert_close(p.detach(), value)
+
+
+def test_frozen_parameters_and_own_groups() -> None:
+    net = plain()
+    net.hidden.weight.requires_grad_(False)
+    before = copy.deepcopy(net)
+    fit(net, loss, batches=Shuffled(), epochs=1, threads=1)
+    assert torch.equal(net.hidden.weight, before.hidden.weight)
+    assert not torch.equal(net.last.weight, before.last.weight)
+    net, before = plain(), plain()
+    groups = [{"params": [net.last.bias], "weight_decay": 0.0}]
+    fit(net, loss, batches=Shuffled(), epochs=1, groups=groups, threads=1)
+    assert torch.equal(net.last.weight, before.last.weight)
+    assert not torch.equal(net.last.bias, before.last.bias)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop", [3, 5, 9])
+def test_resumed_to_the_bit(optimizer: Any, stop: int, tmp_path: Path) -> None:
+    """Stopped after any step, in the middle of an epoch, too, it ends with the same bytes."""
+    whole = fit(plain(), loss, batches=Shuffled(), epochs=2, seed=1, threads=1, optimizer=optimizer)
+    file = tmp_path / "deep" / "checkpoint.safetensors"
+
+    def interrupt(step: int) -> None:
+        if step == stop + 1:
+            raise Stop
+
+    run: dict[str, Any] = {"epochs": 2, "seed": 1, "threads": 1, "optimizer": optimizer, "checkpoint": file}
+    with pytest.raises(Stop):
+        fit(plain(), loss, batches=Shuffled(), on_step=interrupt, checkpoint_every_s=0, **run)
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    steps: list[int] = []
+    resumed = fit(plain(), loss, batches=Shuffled(), on_step=steps.append, **run)
+    assert steps == list(range(stop + 1, 11))
+    assert same(resumed, whole)
+    steps.clear()
+    assert same(fit(plain(), loss, batches=Shuffled(), on_step=steps.append, **run), whole)
+    assert steps == []
+
+
+def test_every_epoch_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.safetensors"
+
+    def interrupt(step: int) -> None:
+        if step == 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(plain(), loss, batches=Shuffled(), epochs=2, checkpoint=file, on_step=interrupt, threads=1)
+    steps: list[int] = []
+    fit(plain(), loss, batches=Shuffled(), epochs=2, checkpoint=file, on_step=steps.append, threads=1)
+    assert steps[0] == 6
+
+
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.safetensors"
+    fit(plain(), loss, batches=Shuffled(), epochs=1, checkpoint=file, threads=1)
+    other = plain()
+    with torch.no_grad():
+        other.last.bias[0] += 1
+    for changes in ({"seed": 2}, {"epochs": 2}, {"lr": 0.01}):
+        steps: list[int] = []
+        run: dict[str, Any] = {"epochs": 1, **changes}
+        fit(plain(), loss, batches=Shuffled(), checkpoint=file, on_step=steps.append, threads=1, **run)
+        assert steps[0] == 1
+    steps = []
+    fit(other, loss, batches=Shuffled(), epochs=1, checkpoint=file, on_step=steps.append, threads=1)
+    assert steps[0] == 1
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.safetensors"
+    fit(plain(), loss, batches=Shuffled(), epochs=1, checkpoint=file, threads=1)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(StepError, match=r"checkpoint 'checkpoint.safetensors' cannot be read \(.*\); delete it to start anew"):
+        fit(plain(), loss, batches=Shuffled(), epochs=1, checkpoint=file, threads=1)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite_keeps_the_weights_before(where: str) -> None:
+    def breaks(net: nn.Module, batch: Any) -> Tensor:
+        breaks.count += 1  # type: ignore[attr-defined]
+        value = loss(net, batch)
+        if breaks.count < 3:  # type: ignore[attr-defined]
+            return value
+        return value * float("nan") if where == "loss" else value + (value - value).abs().sqrt()
+
+    breaks.count = 0  # type: ignore[attr-defined]
+    net = plain()
+    kept: list[dict[str, Tensor]] = []
+    with pytest.raises(StepError, match=f"the {where} is nan at training step 3; the weights from before"):
+        fit(
+            net,
+            breaks,
+            batches=Shuffled(),
+            epochs=1,
+            threads=1,
+            on_step=lambda _: kept.append({k: v.detach().clone() for k, v in net.named_parameters()}),
+        )
+    assert len(kept) == 2
+    assert all(torch.equal(v, kept[-1][k]) for k, v in net.named_parameters())
+    assert not net.training
+
+
+def test_bf16_is_near_fp32() -> None:
+    nets = []
+    for precision in ("fp32", "bf16"):
+        net = networks.tiny_cnn()
+        fit(net, loss, batches=networks.split(0, 640), epochs=1, precision=precision, threads=1)  # type: ignore[arg-type]
+        nets.append(net)
+    images = networks.digits()[0][:300]
+    one, other = (net(images).argmax(1) for net in nets)
+    # eight bits of mantissa: most answers, not all
+    assert (one == other).float().mean() > 0.9
+    assert not same(*nets)
+
+
+def test_nothing_to_train_on() -> None:
+    with pytest.raises(DataError, match="there are no batches to train on"):
+        fit(plain(), loss, batches=[], epochs=1)
+    with pytest.raises(StepError, match="epochs must not be negative, got -1"):
+        fit(plain(), loss, batches=Shuffled(), epochs=-1)
+
+
+def test_progress() -> None:
+    seen: list[Any] = []
+
+    def display(items: Any, what: str, total: int | None = None) -> Any:
+        seen.append((what, total))
+        return items
+
+    fit(plain(), loss, batches=Shuffled(), epochs=1, display=display, threads=1)
+    assert seen == [("training", 5)]
