@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--rounds 30]
 
-The three are started in turn, in an order drawn anew each round; a ratio is the median over rounds of
-the ratio within one round, with a bootstrap interval. Writes benchmarks/results/startup.json.
+The three are started in turn, in an order drawn anew each round; a ratio is the median over rounds
+of the ratio within one round, with a bootstrap interval. Writes benchmarks/results/startup.json.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> int:
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     late = 0
     for row in result["results"]:
-        print("{name:16} {median_s:.3f} s, {ratio:.1f} x python [{low:.1f}, {high:.1f}]".format(**row))
+        print(
+            "{name:16} {median_s:.3f} s, {ratio:.1f} x python [{low:.1f}, {high:.1f}]".format(**row)
+        )
         late += row["median_s"] > LIMITS_S.get(row["name"], float("inf"))
     return 1 if late else 0
 

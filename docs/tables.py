@@ -9,7 +9,6 @@ nothing and exits with 1 where a page is not up to date.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ Plain = Mapping[str, Any]
 
 
 def main() -> int:
+    """Write the tables, or check them; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
@@ -42,12 +42,10 @@ def rendered(text: str, *, chinese: bool) -> str:
     """Return a page with what stands between its markers written anew."""
     tables: dict[str, Callable[[bool], str]] = {"results": results, "startup": startup}
     for marker, table in tables.items():
-        text = re.sub(
-            rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)",
-            lambda found, made=table(chinese): f"{found[1]}{made}{found[2]}",
-            text,
-            flags=re.DOTALL,
-        )
+        begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
+        if begin in text:
+            head, _, rest = text.partition(begin)
+            text = head + begin + table(chinese) + end + rest.partition(end)[2]
     return text
 
 
@@ -64,7 +62,7 @@ def results(chinese: bool) -> str:
     head = (
         ["network", "target", "size", "latency", "speed, 95 % interval", "accuracy", "stages kept"]
         if not chinese
-        else ["网络", "目标", "体积", "延迟", "速度（95 % 置信区间）", "准确率", "保留的阶段"]
+        else ["网络", "目标", "体积", "延迟", "速度, 95 % 置信区间", "准确率", "保留的阶段"]
     )
     rows = [row(file, raw) for file, raw in runs]
     lines = [head, ["---"] * len(head), *rows]
@@ -102,7 +100,9 @@ def change(before: Plain, after: Plain, metric: str, show: Callable[[float], str
 
 def speed(ratio: Plain | None) -> str:
     """Render a ratio with its interval."""
-    return "" if ratio is None else f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return (
+        "" if ratio is None else f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    )
 
 
 def startup(chinese: bool) -> str:
@@ -115,14 +115,14 @@ def startup(chinese: bool) -> str:
     if chinese:
         head = ["命令", "中位数", "与 `python -c pass` 之比"]
     lines = [head, ["---"] * 3]
-    for r in raw["results"]:
-        lines.append(
-            [
-                f"`{r['name']}`",
-                f"{r['median_s']:.3f} s",
-                f"{r['ratio']:.1f} [{r['low']:.1f}, {r['high']:.1f}]",
-            ]
-        )
+    lines += [
+        [
+            f"`{r['name']}`",
+            f"{r['median_s']:.3f} s",
+            f"{r['ratio']:.1f} [{r['low']:.1f}, {r['high']:.1f}]",
+        ]
+        for r in raw["results"]
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -24,6 +24,7 @@ PEAK_LR = 4e-3
 
 
 def main() -> None:
+    """Train, report, store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -40,7 +41,9 @@ def main() -> None:
         if split is not None:
             x, y = joined(split)
             print(f"{name}: {accuracy(net, x, y):.2f} % of {len(y)}")
-    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, arguments.out)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in net.state_dict().items()}, arguments.out
+    )
     print(f"{arguments.out}: {arguments.out.stat().st_size} bytes")
 
 
@@ -58,7 +61,11 @@ def train(net: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: 
     warm = steps // 10
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda i: (i + 1) / warm if i < warm else 0.5 + 0.5 * math.cos(math.pi * (i - warm) / (steps - warm)),
+        lambda i: (
+            (i + 1) / warm
+            if i < warm
+            else 0.5 + 0.5 * math.cos(math.pi * (i - warm) / (steps - warm))
+        ),
     )
     for _ in range(epochs):
         net.train()
@@ -75,7 +82,9 @@ def shifted(images: Tensor, rng: torch.Generator) -> Tensor:
     """Shift every image by -1, 0 or 1 pixel in both directions; zeros come in."""
     padded = F.pad(images, (1, 1, 1, 1))
     places = torch.randint(0, 3, (len(images), 2), generator=rng).tolist()
-    return torch.stack([p[:, y : y + 8, x : x + 8] for p, (y, x) in zip(padded, places, strict=True)])
+    return torch.stack(
+        [p[:, y : y + 8, x : x + 8] for p, (y, x) in zip(padded, places, strict=True)]
+    )
 
 
 @torch.no_grad()

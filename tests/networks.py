@@ -142,7 +142,7 @@ def context(net: nn.Module, work_dir: Path, **changes: Any) -> Context:
         return F.cross_entropy(net(batch["x"]), batch["labels"])
 
     def latency(nets: Any) -> list[float]:
-        from tersor.pipeline import latencies
+        from tersor.candidate import latencies
 
         return latencies(
             nets, inputs(), Target(runtime="onnxruntime", options={"threads": 1}), data(), work_dir

@@ -1,75 +1,18 @@
-"""The command line: exit codes, messages, JSON, help, and what it imports."""
+"""The command line: words, help, messages, exit codes, JSON, and what it imports."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tersor import _cli_talk
-from tersor.__main__ import run
-from tersor.cli import KINDS, VERBS
-
-ROOT = Path(__file__).resolve().parent.parent
-NETWORKS = str(ROOT / "tests" / "networks.py")
-
-
-def talk(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Run the command line here; returns exit code, stdout, stderr."""
-    code = run(words)
-    done = capsys.readouterr()
-    return code, done.out, done.err
-
-
-def failing(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    """Run words that fail; returns exit code and message, checked to be short and no traceback."""
-    code, out, err = talk(capsys, *words)
-    assert out == ""
-    assert err.startswith("error: ")
-    assert "Traceback" not in err
-    assert len(err.splitlines()) <= 3
-    return code, err.removeprefix("error: ")
-
-
-def fresh(*words: str, **more: Any) -> "subprocess.CompletedProcess[str]":
-    """Run the command line in a new interpreter."""
-    command = [sys.executable, "-m", "tersor", *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=more.pop("cwd", ROOT), **more
-    )
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real artifact: a tiny network exported to ONNX Runtime, with a report."""
-    from tersor.core.artifact import write_artifact
-    from tersor.core.runtime import Target
-    from tersor.ops.lower import lower
-    from tersor.runtimes.onnxruntime import RUNTIME
-    from tests import networks
-    from tests.core.report_sample import report
-
-    folder = tmp_path_factory.mktemp("cli")
-    net, inputs = networks.tiny_cnn(trained=False), networks.inputs()
-    files = RUNTIME.export(lower(net, "onnx", inputs), folder, inputs)
-    entry = {"shape": [2, 1, 8, 8], "dtype": "float32", "dynamic": {"0": "batch"}}
-    out = folder / "out"
-    manifest = {
-        "recipe": {"steps": ["fuse_batch_norm"], "target": "onnxruntime:cpu"},
-        "target": Target(runtime="onnxruntime", options={"threads": 1}),
-        "origin": "module:tests",
-        "inputs": {"x": entry},
-        "seed": 3,
-    }
-    write_artifact(out, files=files, manifest=manifest, report=report())
-    return out
-
+from tersor._cli_talk import KINDS
+from tersor.cli import VERBS
+from tests.command import ROOT, failing, talk
 
 # help and words
 
@@ -99,9 +42,8 @@ def test_every_verb_is_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_words_of_compress_are_fixed(capsys: pytest.CaptureFixture[str]) -> None:
     """Scripts are written against them."""
     _, out, _ = talk(capsys, "compress", "--help")
-    for (
-        word
-    ) in "data recipe target best limit metric threads seed resume dry-run batch out".split():
+    fixed = ["data", "recipe", "target", "best", "limit", "metric", "threads", "seed"]
+    for word in [*fixed, "resume", "dry-run", "batch", "out"]:
         assert f"--{word} " in out, word
 
 
@@ -254,23 +196,6 @@ def test_long_messages_are_cut(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert (code, err) == (2, "one\ntwo\n... (3 more lines; --debug shows them)\n")
 
 
-def test_a_missing_package_ends_with_3_and_the_line_to_paste(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, artifact: Path, tmp_path: Path
-) -> None:  # fmt: skip
-    from tersor.core import plugins
-
-    np.savez(tmp_path / "x.npz", x=np.zeros((1, 1, 8, 8), np.float32))
-    there = plugins.installed
-    monkeypatch.setattr(plugins, "installed", lambda p: p != "onnxruntime" and there(p))
-    code, err = failing(capsys, "run", str(artifact), "--input", str(tmp_path / "x.npz"))
-    assert code == 3
-    assert "pip install 'tersor[onnxruntime]'" in err
-    _, out, _ = talk(capsys, "list", "runtimes", "--json")
-    states = {row["name"]: row["installed"] for row in json.loads(out)["runtimes"]}
-    assert states["onnxruntime"] is False
-    assert states["torch_eager"] is True
-
-
 # list, show, doctor
 
 
@@ -360,297 +285,6 @@ def test_doctor_says_what_to_install(
     assert "pip install 'tersor[torch]'" in out
 
 
-# run, inspect, measure, compare on a real artifact
-
-
-def test_run(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    x = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
-    np.savez(tmp_path / "x.npz", x=x)
-    words = ["run", str(artifact), "--input", str(tmp_path / "x.npz"), "--output", str(tmp_path / "y.npz")]  # fmt: skip
-    code, out, err = talk(capsys, *words, "--json")
-    assert (code, err) == (0, "")
-    (entry,) = json.loads(out)["outputs"]
-    assert entry["shape"] == [5, 10]
-    with np.load(tmp_path / "y.npz", allow_pickle=False) as made:
-        y = made[entry["name"]]
-    from tersor.core.artifact import Artifact
-
-    expected = next(iter(Artifact.open(artifact).load(threads=1).bind({"x": x})().values()))
-    np.testing.assert_array_equal(y, expected)
-
-
-def test_run_works_where_torch_is_not_installed(artifact: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", x=np.zeros((1, 1, 8, 8), np.float32))
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'onnx', 'safetensors', 'sklearn'): sys.modules[name] = None\n"
-        "from tersor.__main__ import main\n"
-        f"main(['run', {str(artifact)!r}, '--input', {str(tmp_path / 'x.npz')!r}])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "1x10" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"y": np.zeros((1, 1, 8, 8), "f")}, "the network takes x; the file holds y."),
-        ({}, "the file holds nothing"),
-        ({"x": np.zeros((1, 3, 8, 8), "f")}, "input 'x' must have the shape (batch, 1, 8, 8), got (1, 3, 8, 8)"),
-        ({"x": np.zeros((64,), "f")}, "input 'x' must have the shape (batch, 1, 8, 8), got (64,)"),
-        ({"x": np.zeros((1, 1, 8, 8), "complex64")}, "input 'x' must be of type float32, got complex64"),
-    ],
-)  # fmt: skip
-def test_run_refuses_arrays_that_do_not_fit(
-    arrays: dict[str, np.ndarray], message: str, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    np.savez(tmp_path / "x.npz", **arrays)  # type: ignore[arg-type]
-    code, err = failing(capsys, "run", str(artifact), "--input", str(tmp_path / "x.npz"))
-    assert code == 2
-    assert message in err
-
-
-def test_run_refuses_pickles_bombs_and_other_files(
-    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import zipfile
-
-    np.savez(tmp_path / "objects.npz", x=np.array([print], dtype=object))
-    (tmp_path / "text.npz").write_text("<html>")
-    (tmp_path / "empty.npz").write_bytes(b"")
-    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }".ljust(117) + b"\n"  # fmt: skip
-    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as pack:
-        pack.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
-    for name, message in [
-        ("objects.npz", "holds Python objects; save plain arrays"),
-        ("text.npz", "is not a .npz file of plain arrays"),
-        ("empty.npz", "is not a .npz file of plain arrays"),
-        ("huge.npz", "claims the shape (1000000, 1000000), more than it holds"),
-        ("absent.npz", "does not exist"),
-    ]:
-        code, err = failing(capsys, "run", str(artifact), "--input", str(tmp_path / name))
-        assert code == 2
-        assert message in err, name
-
-
-def test_run_leaves_no_half_written_output(
-    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    np.savez(tmp_path / "x.npz", x=np.zeros((1, 1, 8, 8), "f"))
-    words = ["run", str(artifact), "--input", str(tmp_path / "x.npz"), "--output"]
-    code, err = failing(capsys, *words, str(tmp_path / "no" / "y.npz"))
-    assert code == 2
-    assert "the folder of --output" in err
-    (tmp_path / "y.npz").mkdir()
-    code, err = failing(capsys, *words, str(tmp_path / "y.npz"))
-    assert code == 2
-    assert "cannot be written" in err
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["x.npz", "y.npz"]
-
-
-def test_inspect_an_artifact(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = talk(capsys, "inspect", str(artifact))
-    assert code == 0
-    assert "x float32 (batch, 1, 8, 8)" in out
-    assert "dropped" in out
-    _, raw, _ = talk(capsys, "inspect", str(artifact), "--verify", "--json")
-    found = json.loads(raw)
-    assert found["schema"] == 1
-    assert found["verified"] is True
-    assert sum(layer["parameters"] for layer in found["layers"]) == found["numbers"] > 5000
-    assert all(0 <= layer["sparsity"] <= 1 for layer in found["layers"])
-
-
-def test_inspect_finds_an_altered_file(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(artifact, copy)
-    file = copy / json.loads((copy / "manifest.json").read_text())["model"][0]
-    raw = bytearray(file.read_bytes())
-    raw[-5] ^= 1
-    file.write_bytes(raw)
-    code, err = failing(capsys, "inspect", str(copy), "--verify")
-    assert code == 2
-    assert "was altered" in err
-
-
-def test_inspect_a_network(capsys: pytest.CaptureFixture[str]) -> None:
-    code, raw, _ = talk(capsys, "inspect", f"{NETWORKS}:TinyCnn", "--json")
-    found = json.loads(raw)
-    assert code == 0
-    first = found["layers"][0]
-    assert (first["name"], first["kind"], first["shape"]) == ("conv1", "Conv2d", [8, 1, 3, 3])
-    assert first["parameters"] == 72
-    assert found["form"] == "module"
-
-
-def test_constants_of_openvino_and_safetensors_files(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from tersor._cli_tensors import of_file
-
-    weight = torch.tensor([[0.0, 1.0], [-0.0, 2.0]])
-    save_file({"a.weight": weight.bfloat16(), "a.bias": weight[0].clone()}, tmp_path / "w.safetensors")  # fmt: skip
-    found = {(c.layer, c.dtype): c for c in of_file(tmp_path / "w.safetensors")}
-    assert found["a", "bfloat16"].zeros == 2
-    assert found["a", "float32"].size_bytes == 8
-    (tmp_path / "m.bin").write_bytes(np.array([0, 3, 0, 4], np.int8).tobytes())
-    layer = '<layer id="0" name="w" type="Const"><data element_type="i8" shape="2,2" offset="{}" size="4"/></layer>'  # fmt: skip
-    (tmp_path / "m.xml").write_text(f"<net><layers>{layer.format(0)}</layers></net>")
-    (only,) = of_file(tmp_path / "m.xml")
-    assert (only.layer, only.shape, only.dtype, only.zeros) == ("w", (2, 2), "int8", 2)
-    (tmp_path / "m.xml").write_text(f"<net><layers>{layer.format(1)}</layers></net>")
-    from tersor.core.errors import ModelError
-
-    with pytest.raises(ModelError, match=r"m\.xml: constant 'w' lies outside the \.bin"):
-        of_file(tmp_path / "m.xml")
-
-
-def test_measure_an_artifact(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, raw, _ = talk(capsys, "measure", str(artifact), "--metric", "size", "--json")
-    (size,) = json.loads(raw)["measurements"]
-    assert code == 0
-    assert size["value"] == (artifact / "model.onnx").stat().st_size
-    _, out, _ = talk(capsys, "measure", str(artifact), "--metric", "size")
-    assert "kB" in out
-
-
-def test_measure_refuses_another_runtime(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    code, err = failing(capsys, "measure", str(artifact), "--target", "openvino")
-    assert code == 4
-    assert "was made for onnxruntime:cpu" in err
-
-
-def test_measuring_a_network_in_python_asks_for_data(capsys: pytest.CaptureFixture[str]) -> None:
-    code, err = failing(capsys, "measure", f"{NETWORKS}:TinyCnn")
-    assert code == 2
-    assert "give --data" in err
-
-
-def test_compare(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["compare", str(artifact), str(artifact), "--budget", "0.2", "--threads", "1"]
-    code, raw, _ = talk(capsys, *words, "--json", "--min-effect", "0.9")
-    found = json.loads(raw)["comparison"]
-    assert code == 0
-    assert found["verdict"] == "no difference"
-    assert found["low"] <= found["speedup"] <= found["high"]
-    assert len(found["samples"]["a"]) == found["blocks"]
-    code, out, _ = talk(capsys, *words, "--gate", "faster", "--min-effect", "0.9")
-    assert code == 1
-    assert "no difference: B is" in out
-
-
-# the whole job
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    """A user's own file: a network and data."""
-    file = tmp_path / "mine.py"
-    file.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from tests import networks\n\n"
-        "def net():\n    return networks.tiny_cnn()\n\n"
-        "def data():\n    made = networks.data()\n"
-        "    names = ('calibration', 'train', 'validation', 'test')\n"
-        "    return {name: getattr(made, name) for name in names}\n"
-    )
-    (tmp_path / "quick.yaml").write_text("steps: [fuse_batch_norm, fuse_batch_norm]\ntarget: torch_eager\n")  # fmt: skip
-    return file
-
-
-def job(script: Path, *more: str) -> list[str]:
-    folder = script.parent
-    return [
-        "compress", f"{script}:net", "--data", f"{script}:data", "--recipe", str(folder / "quick.yaml"),
-        "--threads", "1", "--out", str(folder / "out"), *more,
-    ]  # fmt: skip
-
-
-def test_dry_run(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, raw, _ = talk(capsys, *job(script, "--dry-run", "--json", "--limit", "size=90%"))
-    plan = json.loads(raw)["plan"]
-    assert code == 0
-    assert plan["stages"] == ["fuse_batch_norm", "fuse_batch_norm"]
-    assert "size" in plan["metrics"]
-    assert plan["disk_bytes"] > 0
-    code, out, _ = talk(capsys, *job(script, "--dry-run"))
-    assert "fuse_batch_norm > fuse_batch_norm" in out
-    assert not (script.parent / "out").exists()
-
-
-def test_a_recipe_without_a_target_takes_the_one_of_the_words(
-    script: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (script.parent / "quick.yaml").write_text("steps: [fuse_batch_norm]\n")
-    code, err = failing(capsys, *job(script, "--dry-run"))
-    assert code == 2
-    assert "quick.yaml: target: expected a target such as onnxruntime:cpu" in err
-    code, _, _ = talk(capsys, *job(script, "--dry-run", "--target", "torch_eager"))
-    assert code == 0
-
-
-@pytest.mark.slow
-def test_compress_prints_the_report_and_repeats_itself(
-    script: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = script.parent / "out"
-    code, raw, err = talk(capsys, *job(script, "--json", "--metric", "accuracy", "--seed", "5"))
-    assert code == 0, err
-    found = json.loads(raw)
-    assert found == json.loads((out / "report.json").read_text())
-    assert found["schema"] == 1
-    assert [stage["verdict"] for stage in found["stages"]] == ["applied", "applied"]
-    assert {m["metric"] for m in found["before"]} >= {"size", "latency", "fidelity", "accuracy"}
-    assert set(found["stages"][0]) >= {"name", "verdict", "reason", "measurements", "seconds"}
-    assert found["command"].endswith("--metric accuracy --seed 5")
-    assert (out / "report.html").is_file()
-    again = ["compress", f"{script}:net", "--data", f"{script}:data", "--again", str(out)]
-    code, raw, err = talk(capsys, *again, "--out", str(script.parent / "second"), "--json")
-    assert code == 0, err
-    assert json.loads(raw)["recipe"] == found["recipe"]
-    first = (out / "weights.safetensors").read_bytes()
-    assert (script.parent / "second" / "weights.safetensors").read_bytes() == first
-
-
-@pytest.mark.slow
-def test_a_missed_limit_ends_with_1_and_the_artifact_is_there(
-    script: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = talk(capsys, *job(script, "--best", "size", "--limit", "size=1 kB"))
-    assert code == 1
-    assert "limit size 1 kB: not reached" in out
-    assert (script.parent / "out" / "manifest.json").is_file()
-
-
-@pytest.mark.slow
-def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(script: Path) -> None:
-    words = job(script)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tersor", *words], stderr=subprocess.PIPE, text=True
-    )
-    work = script.parent / "out.work"
-    deadline = time.monotonic() + 120
-    while not (work / "original").exists():  # the handler is in place by then
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "stopping after this step; Ctrl-C again stops now" in err
-    assert "interrupted; go on with:\ntersor compress" in err
-    assert err.rstrip().endswith("--resume")
-    assert (work / "00").is_dir()
-    assert not (work / "01").exists()
-    resumed = fresh(*words, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert (script.parent / "out" / "report.html").is_file()
-
-
 # talking
 
 
@@ -705,7 +339,7 @@ def test_colors_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPat
 
 def test_a_reader_that_goes_away_is_no_failure() -> None:
     done = subprocess.run(
-        f"{sys.executable} -m tersor show --schema | head -c 10",
+        f"{sys.executable} -m tersor list | head -c 10",
         shell=True,
         capture_output=True,
         text=True,

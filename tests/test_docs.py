@@ -98,7 +98,9 @@ def run(words: list[str], folder: Path, where: str, wanted: int) -> None:
     binaries = str(Path(sys.executable).parent)
     env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "NO_COLOR": "1"}
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == wanted, f"{where}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == wanted, (
+        f"{where}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -117,7 +119,12 @@ def test_data_blocks_parse(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"^[ \t]*```.*?^[ \t]*```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(
+        r"^[ \t]*```.*?^[ \t]*```",
+        "",
+        page.read_text(encoding="utf-8"),
+        flags=re.DOTALL | re.MULTILINE,
+    )
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path = target.partition("#")[0]
         if not path or "://" in path or "reference/" in path:
@@ -127,7 +134,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize(
     ("english", "chinese"),
-    [("README.md", "README.zh-CN.md"), *((f"docs/{p}", f"docs/zh/{Path(p).name}") for p in ("first-result.md", "how-to/compress-your-model.md"))],
+    [
+        ("README.md", "README.zh-CN.md"),
+        *(
+            (f"docs/{p}", f"docs/zh/{Path(p).name}")
+            for p in ("first-result.md", "how-to/compress-your-model.md")
+        ),
+    ],
 )
 def test_translations_have_the_same_blocks(english: str, chinese: str) -> None:
     """A translation may not fall behind: its code is that of the original."""
@@ -137,7 +150,11 @@ def test_translations_have_the_same_blocks(english: str, chinese: str) -> None:
 
 def test_readme_shows_the_stored_results() -> None:
     done = subprocess.run(
-        [sys.executable, "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "docs/tables.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

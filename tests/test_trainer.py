@@ -151,7 +151,7 @@ def test_frozen_parameters_and_own_groups() -> None:
     assert not torch.equal(net.last.bias, before.last.bias)
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -164,10 +164,16 @@ def test_resumed_to_the_bit(optimizer: Any, stop: int, tmp_path: Path) -> None:
 
     def interrupt(step: int) -> None:
         if step == stop + 1:
-            raise Stop
+            raise StoppedError
 
-    run: dict[str, Any] = {"epochs": 2, "seed": 1, "threads": 1, "optimizer": optimizer, "checkpoint": file}
-    with pytest.raises(Stop):
+    run: dict[str, Any] = {
+        "epochs": 2,
+        "seed": 1,
+        "threads": 1,
+        "optimizer": optimizer,
+        "checkpoint": file,
+    }
+    with pytest.raises(StoppedError):
         fit(plain(), loss, batches=Shuffled(), on_step=interrupt, checkpoint_every_s=0, **run)
     assert [p.name for p in file.parent.iterdir()] == [file.name]
     steps: list[int] = []
@@ -184,12 +190,28 @@ def test_every_epoch_is_kept(tmp_path: Path) -> None:
 
     def interrupt(step: int) -> None:
         if step == 8:
-            raise Stop
+            raise StoppedError
 
-    with pytest.raises(Stop):
-        fit(plain(), loss, batches=Shuffled(), epochs=2, checkpoint=file, on_step=interrupt, threads=1)
+    with pytest.raises(StoppedError):
+        fit(
+            plain(),
+            loss,
+            batches=Shuffled(),
+            epochs=2,
+            checkpoint=file,
+            on_step=interrupt,
+            threads=1,
+        )
     steps: list[int] = []
-    fit(plain(), loss, batches=Shuffled(), epochs=2, checkpoint=file, on_step=steps.append, threads=1)
+    fit(
+        plain(),
+        loss,
+        batches=Shuffled(),
+        epochs=2,
+        checkpoint=file,
+        on_step=steps.append,
+        threads=1,
+    )
     assert steps[0] == 6
 
 
@@ -202,7 +224,15 @@ def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path) -> None:
     for changes in ({"seed": 2}, {"epochs": 2}, {"lr": 0.01}):
         steps: list[int] = []
         run: dict[str, Any] = {"epochs": 1, **changes}
-        fit(plain(), loss, batches=Shuffled(), checkpoint=file, on_step=steps.append, threads=1, **run)
+        fit(
+            plain(),
+            loss,
+            batches=Shuffled(),
+            checkpoint=file,
+            on_step=steps.append,
+            threads=1,
+            **run,
+        )
         assert steps[0] == 1
     steps = []
     fit(other, loss, batches=Shuffled(), epochs=1, checkpoint=file, on_step=steps.append, threads=1)
@@ -213,7 +243,10 @@ def test_a_damaged_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.safetensors"
     fit(plain(), loss, batches=Shuffled(), epochs=1, checkpoint=file, threads=1)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(StepError, match=r"checkpoint 'checkpoint.safetensors' cannot be read \(.*\); delete it to start anew"):
+    with pytest.raises(
+        StepError,
+        match=r"checkpoint 'checkpoint.safetensors' cannot be read \(.*\); delete it to start anew",
+    ):
         fit(plain(), loss, batches=Shuffled(), epochs=1, checkpoint=file, threads=1)
 
 
@@ -229,14 +262,18 @@ def test_not_finite_keeps_the_weights_before(where: str) -> None:
     breaks.count = 0  # type: ignore[attr-defined]
     net = plain()
     kept: list[dict[str, Tensor]] = []
-    with pytest.raises(StepError, match=f"the {where} is nan at training step 3; the weights from before"):
+    with pytest.raises(
+        StepError, match=f"the {where} is nan at training step 3; the weights from before"
+    ):
         fit(
             net,
             breaks,
             batches=Shuffled(),
             epochs=1,
             threads=1,
-            on_step=lambda _: kept.append({k: v.detach().clone() for k, v in net.named_parameters()}),
+            on_step=lambda _: kept.append(
+                {k: v.detach().clone() for k, v in net.named_parameters()}
+            ),
         )
     assert len(kept) == 2
     assert all(torch.equal(v, kept[-1][k]) for k, v in net.named_parameters())

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from tersor._cli_talk import colored, show, show_json, table
-from tersor.cli import KINDS
+from tersor._cli_talk import KINDS, colored, show, show_json, table
 from tersor.core import plugins
 from tersor.core.errors import RecipeError, suggest
 

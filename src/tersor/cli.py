@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from tersor._cli_talk import KINDS
+
 VERBS = ("compress", "measure", "compare", "run", "list", "show", "inspect", "doctor", "demo")
-KINDS = ("techniques", "recipes", "runtimes", "metrics", "sources", "datasets")
 
 
 def _example(*lines: str) -> str:

@@ -15,12 +15,14 @@ from torch import nn
 
 from tersor.core import plugins
 from tersor.core.context import Context, Data
-from tersor.core.errors import DataError, TersorError
+from tersor.core.errors import DataError, StepError, TargetError
+from tersor.core.runtime import Target
 from tersor.core.technique import Technique
 from tersor.ops.lower import lower
 from tests import networks
 
 TECHNIQUES = list(plugins.names("techniques"))
+TARGETS = ("onnxruntime", "openvino", "torch_eager")
 FACTORIES = {"cnn": networks.tiny_cnn, "transformer": networks.tiny_transformer}
 
 
@@ -45,7 +47,9 @@ def quick(technique: Technique) -> Any:
     return config
 
 
-def honest_context(technique: Technique, net: nn.Module, folder: Path, labels: bool) -> Context:
+def honest_context(
+    technique: Technique, net: nn.Module, folder: Path, *, runtime: str, labels: bool
+) -> Context:
     """Return a context that holds what the technique says that it needs, and nothing else."""
     needs = (*technique.needs, *(("labels",) if labels else ()))
     whole = networks.data()
@@ -61,6 +65,7 @@ def honest_context(technique: Technique, net: nn.Module, folder: Path, labels: b
         net,
         folder,
         data=data,
+        target=Target(runtime=runtime, options={"threads": 1}),
         reference=copy.deepcopy(net) if "reference" in needs else None,
         latency=weight_cost,
     )
@@ -72,23 +77,38 @@ def weight_cost(nets: Sequence[nn.Module]) -> list[float]:
 
 
 def apply(name: str, kind: str, config: Any = None) -> Applied:
-    """Apply a technique once to a copy of one of the two small networks."""
+    """Apply a technique once to a copy of one of the two small networks, for a target that has it."""
     technique = plugins.technique(name)
     config = config or quick(technique)
     original = FACTORIES[kind]()
     before = {key: tensor.clone() for key, tensor in original.state_dict().items()}
-    given = lower(copy.deepcopy(original), technique.form, networks.inputs())
     with tempfile.TemporaryDirectory() as folder:
+        for runtime in TARGETS:
+            try:
+                result = _apply(technique, config, original, Path(folder), runtime)
+            except TargetError:
+                if runtime == TARGETS[-1]:
+                    raise
+                continue
+            break
+    return Applied(
+        technique=technique, config=config, original=original, before=before, result=result
+    )
+
+
+def _apply(
+    technique: Technique, config: Any, original: nn.Module, folder: Path, runtime: str
+) -> Any:
+    for labels in (False, True):
+        given = lower(copy.deepcopy(original), technique.form, networks.inputs())
+        context = honest_context(technique, original, folder, runtime=runtime, labels=labels)
         try:
-            context = honest_context(technique, original, Path(folder), labels=False)
-            result = technique.apply(given, config, context)
+            return technique.apply(given, config, context)
         except DataError as error:
             # labels that only a setting asks for: the message must name the setting
-            if not re.search(r"no labels; .* or set \w+: ", str(error)):
+            if labels or not re.search(r"no labels; .* or set \w+: ", str(error)):
                 raise
-            context = honest_context(technique, original, Path(folder), labels=True)
-            result = technique.apply(given, config, context)
-    return Applied(technique=technique, config=config, original=original, before=before, result=result)
+    raise AssertionError
 
 
 @cache
@@ -96,7 +116,7 @@ def applied(name: str) -> Applied:
     """Apply a technique to the CNN or, where it has nothing to do there, to the transformer."""
     try:
         return apply(name, "cnn")
-    except TersorError:
+    except StepError:
         return apply(name, "transformer")
 
 

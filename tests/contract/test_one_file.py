@@ -90,7 +90,15 @@ def test_it_is_in_the_reference(copy: Path) -> None:
 
 @pytest.mark.slow
 def test_the_contract_tests_look_at_it(copy: Path) -> None:
-    words = ("-m", "pytest", "-k", "halve", "tests/contract/test_techniques.py", "-p", "no:cacheprovider")
+    words = (
+        "-m",
+        "pytest",
+        "-k",
+        "halve",
+        "tests/contract/test_techniques.py",
+        "-p",
+        "no:cacheprovider",
+    )
     told = run(copy, *words)
     assert " passed" in told
     assert "failed" not in told

@@ -36,7 +36,9 @@ def test_is_described(kind: str, name: str) -> None:
 def candidate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Candidate]:
     sample = arrays_of(networks.split(0, 8)[0], ["x"])
     target = Target(runtime="onnxruntime", options={"threads": 1})
-    made = export(networks.tiny_cnn(), tmp_path_factory.mktemp("cnn"), networks.inputs(), target, sample)
+    made = export(
+        networks.tiny_cnn(), tmp_path_factory.mktemp("cnn"), networks.inputs(), target, sample
+    )
     yield made
     made.close()
 
@@ -55,6 +57,7 @@ def subject(candidate: Candidate) -> Subject:
         labels=labels,
         reference=outputs,
         split="validation",
+        quality=lambda made, wanted: 100 * float((made.argmax(1) == wanted).sum()) / len(wanted),
         conditions={"batch": 2, "threads": 1},
     )
 
@@ -101,14 +104,16 @@ def test_source_declares_itself(name: str) -> None:
 
 
 def test_sources_do_not_share_file_endings() -> None:
-    endings = [suffix for name in plugins.names("sources") for suffix in plugins.source(name).suffixes]
+    endings = [
+        suffix for name in plugins.names("sources") for suffix in plugins.source(name).suffixes
+    ]
     assert len(endings) == len(set(endings))
 
 
 @pytest.mark.parametrize("name", list(plugins.names("datasets")))
 def test_dataset_has_a_load(name: str) -> None:
     load: Any = plugins.module("datasets", name).load
-    assert list(inspect.signature(load).parameters)[0] == "place"
+    assert next(iter(inspect.signature(load).parameters)) == "place"
     assert (load.__doc__ or "").strip()
 
 
@@ -124,4 +129,6 @@ def test_digits_give_the_same_batches_every_pass_and_share_none() -> None:
             assert np.array_equal(first["labels"].numpy(), second["labels"].numpy())
         for batch in batches:
             for image in batch["x"].numpy():
-                assert seen.setdefault(image.tobytes(), split) == split, "an image stands in two splits"
+                assert seen.setdefault(image.tobytes(), split) == split, (
+                    "an image stands in two splits"
+                )

@@ -38,7 +38,9 @@ def test_is_described_by_its_last_line(name: str) -> None:
 @every_runtime
 def test_its_extra_is_what_it_imports(name: str) -> None:
     """`pip install 'tersor[NAME]'`, or tersor[torch], brings what a device needs to run."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
 
     def provided(extra: str) -> set[str]:
         words = {re.split(r"[\[<>=~! ]", line)[0].lower() for line in extras.get(extra, [])}
@@ -55,7 +57,9 @@ def test_its_extra_is_what_it_imports(name: str) -> None:
 
 
 def test_their_packages_are_imported_inside_export_and_load() -> None:
-    packages = {p for name in RUNTIMES for r in [plugins.runtime(name)] for p in (*r.to_export, *r.to_run)}
+    packages = {
+        p for name in RUNTIMES for r in [plugins.runtime(name)] for p in (*r.to_export, *r.to_run)
+    }
     code = (
         "import sys\n"
         "from tersor.core import plugins\n"

@@ -26,7 +26,7 @@ from tersor.ops.edits import replay, store
 from tersor.ops.lower import form_of
 from tersor.plan import check
 from tests import networks
-from tests.contract.subjects import FACTORIES, TECHNIQUES, apply, applied, outputs, quick
+from tests.contract.subjects import FACTORIES, TECHNIQUES, applied, apply, outputs, quick
 
 FAST_RUNTIMES = ("onnxruntime", "torch_eager")
 every_technique = pytest.mark.parametrize("name", TECHNIQUES)
@@ -65,7 +65,9 @@ def test_config_is_frozen_keyword_only_with_defaults_and_field_docs(name: str) -
     for field in fields:
         assert docs.get(field.name, "").strip(), f"{name}.{field.name} has no string below it"
     assert (config.__doc__ or "").strip()
-    assert not config.__doc__.startswith(f"{config.__name__}("), "the docstring is the generated one"
+    assert not config.__doc__.startswith(f"{config.__name__}("), (
+        "the docstring is the generated one"
+    )
 
 
 @every_technique
@@ -115,7 +117,9 @@ def test_leaves_the_callers_network_untouched(name: str) -> None:
     for key, tensor in after.items():
         assert torch.equal(tensor, done.before[key]), key
     assert not any(layer.training for layer in done.original.modules())
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in done.original.modules())
+    assert not any(
+        layer._forward_hooks or layer._forward_pre_hooks for layer in done.original.modules()
+    )
 
 
 @every_technique
@@ -149,7 +153,9 @@ def test_result_is_stored_and_replayed(name: str, tmp_path: Path) -> None:
     assert torch.equal(outputs(again), outputs(done.result))
     (tmp_path / "twice").mkdir()
     store(again, done.original, tmp_path / "twice")
-    first, second = (json.loads((f / "network.json").read_text()) for f in (tmp_path, tmp_path / "twice"))
+    first, second = (
+        json.loads((f / "network.json").read_text()) for f in (tmp_path, tmp_path / "twice")
+    )
     assert first == second
     assert (tmp_path / "twice/weights.safetensors").read_bytes() == (
         tmp_path / "weights.safetensors"
@@ -211,7 +217,10 @@ def test_what_it_needs_is_asked_for_before_any_work(name: str, tmp_path: Path) -
         with pytest.raises(DataError, match=rf"step 1 \({name}\) needs {missing} batches"):
             check(model, recipe, data, ("size",), tmp_path / "out")
     if "labels" in found.needs:
-        bare = {s: [{"x": b["x"]} for b in getattr(whole, s)] for s in ("calibration", "train", "validation", "test")}
+        bare = {
+            s: [{"x": b["x"]} for b in getattr(whole, s)]
+            for s in ("calibration", "train", "validation", "test")
+        }
         with pytest.raises(DataError, match=rf"step 1 \({name}\) needs labels"):
             check(model, recipe, Data(**bare), ("size",), tmp_path / "out")
     check(model, recipe, whole, ("size",), tmp_path / "out")
@@ -226,10 +235,16 @@ def test_the_pipeline_leaves_the_callers_network_untouched(name: str, tmp_path: 
     net = copy.deepcopy(done.original)
     structure = [(path, type(layer)) for path, layer in net.named_modules()]
     model = Model(net=net, form="module", origin="test")
-    recipe = Recipe(stages=((done.config,),), target=Target(runtime="onnxruntime", options={"threads": 1}))
+    recipe = Recipe(
+        stages=((done.config,),), target=Target(runtime="onnxruntime", options={"threads": 1})
+    )
     if getattr(done.result, "tersor_precision", None):
-        recipe = dataclasses.replace(recipe, target=Target(runtime="openvino", options={"threads": 1}))
-    artifact = compress(model, recipe, data=networks.data(), out=tmp_path / "out", metrics=("size",))
+        recipe = dataclasses.replace(
+            recipe, target=Target(runtime="openvino", options={"threads": 1})
+        )
+    artifact = compress(
+        model, recipe, data=networks.data(), out=tmp_path / "out", metrics=("size",)
+    )
     assert isinstance(artifact.report.after[0], Measurement)
     assert [(path, type(layer)) for path, layer in net.named_modules()] == structure
     for key, tensor in net.state_dict().items():

@@ -39,7 +39,10 @@ def test_layers_chooses(tiny_context: Callable[..., Any]) -> None:
 def test_misspelt_layer(tiny_context: Callable[..., Any]) -> None:
     net = networks.tiny_cnn()
     config = FuseBatchNorm(layers=Layers(patterns=("block1.conv9",)))
-    with pytest.raises(StepError, match=r"'block1.conv9' matches no layer with a batch norm behind it. Did you mean 'block1.conv"):
+    with pytest.raises(
+        StepError,
+        match=r"'block1.conv9' matches no layer with a batch norm behind it. Did you mean 'block1.conv",
+    ):
         fuse_batch_norm(net, config, tiny_context(net))
 
 

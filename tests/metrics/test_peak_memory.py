@@ -34,6 +34,7 @@ def test_peak_memory_sees_the_weights(tmp_path: Path) -> None:
     assert found.value == found.conditions["peak_bytes"] - found.conditions["baseline_bytes"]  # type: ignore[operator]
     # a bare interpreter with numpy and the runtime, not this process with torch in it
     assert 10e6 < float(found.conditions["baseline_bytes"]) < 150e6
+    assert float(found.conditions["load_ms"]) > 0
     assert found.how.startswith(
         "median of 1 fresh processes: peak resident set less that of the runtime alone"
     )
@@ -57,6 +58,8 @@ def test_the_child_does_not_import_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     answer = json.loads((tmp_path / "answer.json").read_text())
     assert answer["peak"] > answer["baseline"] > 0
+    assert answer["load_ms"] > 0
+    assert answer["first_run_ms"] > 0
 
 
 def test_a_network_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:

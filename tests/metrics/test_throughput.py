@@ -3,8 +3,16 @@ import pytest
 
 from tersor.core.metric import Subject
 from tersor.core.runtime import Arrays, Target
+from tersor.metrics import throughput as module
 from tersor.metrics.throughput import batches_of, throughput
 from tests.runners import Matmul, batches
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BUDGET_S", 0.2)
+    monkeypatch.setattr(module, "BLOCKS", 3)
+
 
 TARGET = Target(runtime="x", options={"threads": 1})
 
@@ -13,8 +21,8 @@ def test_throughput_names_the_best_batch_and_all_others() -> None:
     found = throughput(
         Subject(
             target=TARGET,
-            runner=Matmul(256),
-            inputs=batches(rows=1, width=256),
+            runner=Matmul(),
+            inputs=batches(rows=1),
             conditions={"batch": 1},
         )
     )
@@ -26,6 +34,7 @@ def test_throughput_names_the_best_batch_and_all_others() -> None:
     assert found.spread is not None
     assert found.spread[0] <= found.value <= found.spread[1]
     assert found.how.startswith(f"best of batches 1, 8, 32, 128: {best}; median of ")
+    assert found.how.endswith(f"{found.count} interleaved blocks, 1 thread")
 
 
 def test_a_fixed_batch_is_kept_and_said() -> None:

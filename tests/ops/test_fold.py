@@ -22,11 +22,19 @@ def trained(bn: nn.Module) -> nn.Module:
 
 LAYERS = {
     "conv1d": (lambda b: nn.Conv1d(4, 6, 3, bias=b), nn.BatchNorm1d, (2, 4, 9)),
-    "conv2d": (lambda b: nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=b), nn.BatchNorm2d, (2, 4, 8, 8)),
+    "conv2d": (
+        lambda b: nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=b),
+        nn.BatchNorm2d,
+        (2, 4, 8, 8),
+    ),
     "grouped": (lambda b: nn.Conv2d(4, 6, 3, groups=2, bias=b), nn.BatchNorm2d, (2, 4, 8, 8)),
     "conv3d": (lambda b: nn.Conv3d(4, 6, 2, bias=b), nn.BatchNorm3d, (2, 4, 4, 4, 4)),
     "transposed": (lambda b: nn.ConvTranspose2d(4, 6, 2, 2, bias=b), nn.BatchNorm2d, (2, 4, 5, 5)),
-    "transposed grouped": (lambda b: nn.ConvTranspose2d(4, 6, 3, groups=2, bias=b), nn.BatchNorm2d, (2, 4, 5, 5)),
+    "transposed grouped": (
+        lambda b: nn.ConvTranspose2d(4, 6, 3, groups=2, bias=b),
+        nn.BatchNorm2d,
+        (2, 4, 5, 5),
+    ),
     "linear": (lambda b: nn.Linear(4, 6, bias=b), nn.BatchNorm1d, (3, 4)),
 }
 

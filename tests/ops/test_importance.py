@@ -26,7 +26,9 @@ def loss(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def batches(count: int = 3) -> list[dict[str, Tensor]]:
-    return [{"x": torch.randn(6, 1, 4, 4), "labels": torch.randint(0, 3, (6,))} for _ in range(count)]
+    return [
+        {"x": torch.randn(6, 1, 4, 4), "labels": torch.randint(0, 3, (6,))} for _ in range(count)
+    ]
 
 
 @pytest.fixture
@@ -48,7 +50,9 @@ def test_magnitude(net: Net, order: int) -> None:
         made.append(sum(abs(w) ** order for w in weights) ** (1 / order))
         weights = net.last.weight[:, 4 * k : 4 * k + 4].flatten().tolist()
         read.append(sum(abs(w) ** order for w in weights) ** (1 / order))
-    wanted = [(m / (sum(made) / 4) + r / (sum(read) / 4)) / 2 for m, r in zip(made, read, strict=True)]
+    wanted = [
+        (m / (sum(made) / 4) + r / (sum(read) / 4)) / 2 for m, r in zip(made, read, strict=True)
+    ]
     found = magnitude(net, only_group(net), order)  # type: ignore[arg-type]
     torch.testing.assert_close(found, torch.tensor(wanted))
 
@@ -89,5 +93,7 @@ def test_not_finite(net: Net) -> None:
     def steep(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return net(batch["x"]).sub(net(batch["x"])).abs().sum().sqrt()
 
-    with pytest.raises(StepError, match="the gradient of layer 'last' is not finite on calibration batch 1"):
+    with pytest.raises(
+        StepError, match="the gradient of layer 'last' is not finite on calibration batch 1"
+    ):
         taylor(net, [only_group(net)], steep, batches())

@@ -31,9 +31,14 @@ def test_classes() -> None:
 
 def test_classes_of_positions_and_pixels_agree() -> None:
     outputs, labels = torch.randn(2, 6, 5), torch.randint(0, 5, (2, 6))
-    wanted = sum(
-        written_out(outputs[i, t].tolist(), int(labels[i, t])) for i in range(2) for t in range(6)
-    ) / 12
+    wanted = (
+        sum(
+            written_out(outputs[i, t].tolist(), int(labels[i, t]))
+            for i in range(2)
+            for t in range(6)
+        )
+        / 12
+    )
     assert infer_loss(outputs, labels)(outputs, labels).item() == pytest.approx(wanted, rel=1e-5)
     pixels = outputs.transpose(1, 2).reshape(2, 5, 2, 3)
     marks = labels.reshape(2, 2, 3).int()
@@ -52,7 +57,10 @@ def test_numbers() -> None:
 
 
 def test_labels_that_do_not_fit() -> None:
-    with pytest.raises(DataError, match=r"labels of shape \(3,\) and type torch.int64 do not fit outputs of shape \(2, 4\)"):
+    with pytest.raises(
+        DataError,
+        match=r"labels of shape \(3,\) and type torch.int64 do not fit outputs of shape \(2, 4\)",
+    ):
         infer_loss(torch.randn(2, 4), torch.tensor([0, 1, 2]))
     with pytest.raises(DataError, match="do not fit"):
         infer_loss(torch.randn(2, 4), torch.tensor([True, False]))
@@ -115,4 +123,6 @@ def test_divergence_written_out() -> None:
             total += a * math.log(a / b)
     assert divergence(student, teacher, 1, t).item() == pytest.approx(t * t * total / 3, rel=1e-5)
     assert divergence(teacher, teacher, 1).item() == pytest.approx(0, abs=1e-6)
-    assert divergence(student, teacher, None).item() == pytest.approx(F.mse_loss(student, teacher).item())
+    assert divergence(student, teacher, None).item() == pytest.approx(
+        F.mse_loss(student, teacher).item()
+    )

@@ -99,7 +99,10 @@ def test_dead_channels_go_first(tiny_context: Make) -> None:
         data = Data(calibration=networks.split(0, 128)) if importance == "taylor" else Data()
         context = tiny_context(net, data=data)
         config = Channels(
-            ratio=5 / 8, multiple=1, importance=importance, layers=Layers(patterns=("block1.conv1",))
+            ratio=5 / 8,
+            multiple=1,
+            importance=importance,
+            layers=Layers(patterns=("block1.conv1",)),
         )
         before = net.block1.conv1.weight.detach()[[0, 6, 7]].clone()
         found = channels(net, config, context)
@@ -115,9 +118,9 @@ def test_recipe_values() -> None:
         Channels(ratio=-0.1)
     with pytest.raises(ValueError, match=r"macs must be in \(0, 1\], got 0"):
         Channels(macs=0)
-    with pytest.raises(ValueError, match="give ratio or macs, not both"):
+    with pytest.raises(ValueError, match=r"give ratio or macs, not both"):
         Channels(macs=0.5, ratio=0.5)
-    with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"multiple must be at least 1, got 0"):
         Channels(multiple=0)
 
 
@@ -132,14 +135,20 @@ def test_weaker() -> None:
 def test_target_that_would_empty_a_layer(tiny_context: Make) -> None:
     net = networks.tiny_cnn()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(StepError, match=r"macs: 0.01 would empty layers: with 4 channels left in each group 0\.\d+ of the"):
+    with pytest.raises(
+        StepError,
+        match=r"macs: 0.01 would empty layers: with 4 channels left in each group 0\.\d+ of the",
+    ):
         channels(net, Channels(macs=0.01, multiple=4), tiny_context(net))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_rounding_that_removes_nothing(tiny_context: Make) -> None:
     net = networks.tiny_cnn()
-    with pytest.raises(StepError, match="nothing would be removed: groups have 8, 16 channels, .* multiple of 8; use a smaller"):
+    with pytest.raises(
+        StepError,
+        match=r"nothing would be removed: groups have 8, 16 channels, .* multiple of 8; use a smaller",
+    ):
         channels(net, Channels(ratio=0.2), tiny_context(net))
 
 
@@ -157,7 +166,10 @@ class Fixed(nn.Module):
 def test_everything_is_protected(tiny_context: Make) -> None:
     net = Fixed().eval()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(StepError, match=r"no channels of Fixed can be cut, all are protected \(first: reshape \(reshape\); last: the network's output\)"):
+    with pytest.raises(
+        StepError,
+        match=r"no channels of Fixed can be cut, all are protected \(first: reshape \(reshape\); last: the network's output\)",
+    ):
         channels(net, Channels(), tiny_context(net))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
@@ -177,29 +189,36 @@ class Divides(nn.Module):
 def test_a_forward_that_computes_with_the_size_is_refused(tiny_context: Make) -> None:
     net = Divides().eval()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(StepError, match="its forward computes with a layer's size. Exclude that layer"):
+    with pytest.raises(
+        StepError, match=r"its forward computes with a layer's size. Exclude that layer"
+    ):
         channels(net, Channels(), tiny_context(net))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_layers_that_do_not_exist_or_exclude_all(tiny_context: Make) -> None:
     net = networks.tiny_cnn()
-    with pytest.raises(StepError, match="'block1.conf1' matches no layer with output channels. Did you mean 'block1.conv1'"):
+    with pytest.raises(
+        StepError,
+        match=r"'block1.conf1' matches no layer with output channels. Did you mean 'block1.conv1'",
+    ):
         channels(net, Channels(layers=Layers(patterns=("block1.conf1",))), tiny_context(net))
-    with pytest.raises(StepError, match="layers excludes every group that could be cut"):
+    with pytest.raises(StepError, match=r"layers excludes every group that could be cut"):
         channels(net, Channels(layers=Layers(patterns=("block1.conv2",))), tiny_context(net))
 
 
 def test_taylor_needs_labels(tiny_context: Make) -> None:
     net = networks.tiny_cnn()
-    with pytest.raises(DataError, match="taylor needs calibration data with labels"):
+    with pytest.raises(DataError, match=r"taylor needs calibration data with labels"):
         channels(net, Channels(importance="taylor"), tiny_context(net, data=Data()))
 
 
 def test_nan_in_the_data(tiny_context: Make) -> None:
     net = networks.tiny_cnn()
-    bad = [{"x": torch.full((2, 1, 8, 8), float("nan")), "labels": torch.zeros(2, dtype=torch.long)}]
-    with pytest.raises(StepError, match="the loss is nan on calibration batch 1"):
+    bad = [
+        {"x": torch.full((2, 1, 8, 8), float("nan")), "labels": torch.zeros(2, dtype=torch.long)}
+    ]
+    with pytest.raises(StepError, match=r"the loss is nan on calibration batch 1"):
         channels(net, Channels(importance="taylor"), tiny_context(net, data=Data(calibration=bad)))
 
 

@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
-def value(name: str, kind: int = FLOAT, shape: Sequence[Any] = ("batch", 3)) -> Any:
-    return helper.make_tensor_value_info(name, kind, list(shape))
+def value(name: str, kind: int = FLOAT, shape: Sequence[Any] | None = ("batch", 3)) -> Any:
+    return helper.make_tensor_value_info(name, kind, shape)
 
 
 def array(name: str, data: Any, dtype: Any = np.float32) -> Any:

@@ -34,7 +34,7 @@ class Comparison:
     """Interleaved blocks behind it."""
     a_ms: float
     b_ms: float
-    """Median milliseconds of a batch."""
+    """Milliseconds of a batch: median over blocks."""
     stable: bool
     """Whether the interval came within 2 % before the time budget ended."""
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)

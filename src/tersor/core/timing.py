@@ -22,6 +22,8 @@ TURN_MS = 10.0
 MIN_BLOCKS = 30
 STABLE = 0.02
 """Half-width of the ratio's 95 % interval at which timing may stop."""
+QUARTILE = 0.25
+"""Of a turn's runs, the one that counts."""
 _FEWEST_BLOCKS = 8  # fewer say nothing about a median: its 95 % interval would be their whole range
 _CHECK_EVERY = 10
 _OVERTIME = 3.0  # slow networks may overrun the budget this many times to reach MIN_BLOCKS
@@ -99,7 +101,9 @@ def interleave(
     A block gives every contestant two turns of about 10 ms (one run at least): in a random order,
     then in the reverse of it. All run the same inputs. A turn's first run after the switch refills
     caches and is not timed, unless a run is longer than half a turn. A contestant's time in a block
-    is the geometric mean of its two turns' medians.
+    is the geometric mean of its two turns' lower quartiles: other programs only ever add to a run,
+    and on a busy machine the quartiles' ratios scatter less than half as much as the medians'. So
+    networks whose time depends on their input (early exits) are not to be compared this way.
 
     Args:
         calls: For each contestant, calls bound to distinct inputs.
@@ -110,7 +114,7 @@ def interleave(
         warm_up_s: Warm-up of each contestant, at least 20 runs where the budget allows.
 
     Returns:
-        For each contestant the milliseconds of a run in each block, shape (blocks,). Timing went on
+        For each contestant the milliseconds of a run by block, shape (blocks,). Timing went on
         until the 95 % interval of every ratio to the first was within 2 %, or the budget ended.
     """
     at_most_s = max(warm_up_s, budget_s / (2 * len(calls)))
@@ -129,7 +133,9 @@ def interleave(
                 first = (2 * len(blocks) + turn) * 7  # any stride: contestants share it
                 if counts[who] > 1:
                     calls[who][first % len(calls[who])]()
-                turns_ms[turn, who] = np.median(time_runs(calls[who], first, counts[who]))
+                turns_ms[turn, who] = np.quantile(
+                    time_runs(calls[who], first, counts[who]), QUARTILE
+                )
             blocks.append(np.exp(np.log(turns_ms).mean(axis=0)))
     return list(np.array(blocks).T)
 

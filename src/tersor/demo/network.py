@@ -50,7 +50,8 @@ class DigitNet(nn.Module):
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.stage2(self.stage1(x))
-        return self.fc(x.mean(dim=(2, 3)))
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
 
 
 def untrained() -> nn.Module:

@@ -39,7 +39,6 @@ def latency(subject: Subject) -> Measurement:
             **subject.conditions,
             "batch": batch,
             "threads": threads,
-            "first_run_ms": float(warm_ms[0]),
         },
         count=times_ms.size,
         how=f"median of {times_ms.size} runs after {warm_ms.size}, batch {batch}, "

@@ -1,6 +1,7 @@
 """Peak memory of a fresh process that loads and runs the network, beyond the runtime's own."""
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,8 @@ def peak_memory(subject: Subject) -> Measurement:
     """Measure in three processes, one after the other, and take the median.
 
     The value is the peak resident set less that of the same process with the runtime imported, the
-    inputs read and no network loaded. Pages of the file that were mapped and touched count.
+    inputs read and no network loaded. Pages of the file that were mapped and touched count. The
+    conditions hold the time of loading and of the first run, too, which only a fresh process shows.
 
     Raises:
         TargetError: the process failed; says why.
@@ -47,6 +49,9 @@ def peak_memory(subject: Subject) -> Measurement:
             "baseline_bytes": middle["baseline"],
             "lowest_bytes": lowest,
             "highest_bytes": highest,
+            **{
+                key: statistics.median(e[key] for e in found) for key in ("load_ms", "first_run_ms")
+            },
         },
         count=PROCESSES,
         how=f"median of {PROCESSES} fresh processes: peak resident set less that of the runtime "
@@ -54,7 +59,7 @@ def peak_memory(subject: Subject) -> Measurement:
     )
 
 
-def _measure(subject: Subject) -> dict[str, int]:
+def _measure(subject: Subject) -> dict[str, float]:
     assert subject.files is not None
     assert subject.inputs is not None
     with tempfile.TemporaryDirectory() as aside:
@@ -79,5 +84,5 @@ def _measure(subject: Subject) -> dict[str, int]:
             raise TargetError(
                 f"the process that measures memory failed on {subject.target}: {reason}"
             )
-        read: dict[str, int] = json.loads(answer.read_text(encoding="utf-8"))
+        read: dict[str, float] = json.loads(answer.read_text(encoding="utf-8"))
         return read

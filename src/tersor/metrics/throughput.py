@@ -5,20 +5,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from tersor.core.metric import Measurement, Subject, metric
-from tersor.core.runtime import Arrays, Runner
+from tersor.core.runtime import Arrays
 from tersor.core.statistics import median_interval
-from tersor.core.timing import warm_up
+from tersor.core.timing import Calls, interleave, warm_up
 from tersor.metrics import _conditions
-from tersor.metrics.latency import timed
 
 BATCHES = (1, 8, 32, 128)
-_SLOWEST_S = 2.0  # a batch expected to take longer is not tried
+BUDGET_S = 4.0
+BLOCKS = 12
+_SLOWEST_MS = 1000.0  # a batch expected to take longer is not tried
 _BYTES = 256e6  # of inputs held at a time
 
 
 @metric(unit="1/s", better="higher", needs=("runner", "inputs"))
 def throughput(subject: Subject) -> Measurement:
-    """Try batches of 1, 8, 32 and 128 and the one asked for, then time the best at length.
+    """Time batches of 1, 8, 32, 128 and the one asked for, interleaved, and take the best.
 
     The rate of every batch tried is in the conditions. A network exported for one batch size is
     measured at that size, and `how` says so.
@@ -26,32 +27,36 @@ def throughput(subject: Subject) -> Measurement:
     assert subject.runner is not None
     assert subject.inputs is not None
     asked = _conditions.batch(subject)
-    rates = {asked: _rate(subject.runner, subject.inputs, asked, asked, 0.3)}
+    calls: dict[int, Calls] = {asked: [subject.runner.bind(a) for a in subject.inputs]}
+    sample_ms = _first_ms(calls[asked]) / asked
     refused: list[int] = []
     for size in BATCHES:
-        nearest = min(rates, key=lambda known: abs(known - size))
-        if size == asked or size / rates[nearest] > _SLOWEST_S:
+        if size == asked or size * sample_ms > _SLOWEST_MS:
             continue
         try:
-            rates[size] = _rate(subject.runner, subject.inputs, asked, size, 0.3)
-        except Exception:  # each runtime has its own error for a batch the network was not made for
+            tried = [subject.runner.bind(a) for a in batches_of(subject.inputs, asked, size)]
+            sample_ms = min(sample_ms, _first_ms(tried) / size)
+            calls[size] = tried
+        except Exception:  # each runtime has its own error for a batch it was not made for
             refused.append(size)
-    best = max(rates, key=lambda size: rates[size])
-    calls = [subject.runner.bind(a) for a in batches_of(subject.inputs, asked, best)]
-    warm_ms = warm_up(calls, seconds=0.3)
-    times_ms = timed(calls, 1.0)
-    low_ms, high_ms = median_interval(times_ms)
+    sizes = sorted(calls)
+    blocks = interleave(
+        [calls[size] for size in sizes], budget_s=BUDGET_S, min_blocks=BLOCKS, warm_up_s=0.2
+    )
+    times_ms = dict(zip(sizes, blocks, strict=True))
+    rates = {size: 1000 * size / float(np.median(times_ms[size])) for size in sizes}
+    best = max(sizes, key=lambda size: rates[size])
+    low_ms, high_ms = median_interval(times_ms[best])
     threads = _conditions.threads(subject)
-    tried = ", ".join(str(size) for size in sorted(rates))
     how = (
-        f"best of batches {tried}: {best}; median of {times_ms.size} runs after {warm_ms.size}, "
-        f"{_conditions.plural(threads, 'thread')}"
+        f"best of batches {', '.join(map(str, sizes))}: {best}; median of {len(blocks[0])} "
+        f"interleaved blocks, {_conditions.plural(threads, 'thread')}"
     )
     if refused:
         how += f"; the network does not take batches of {', '.join(map(str, refused))}"
     return Measurement(
         metric="throughput",
-        value=1000 * best / float(np.median(times_ms)),
+        value=rates[best],
         unit="1/s",
         better="higher",
         spread=(1000 * best / high_ms, 1000 * best / low_ms),
@@ -59,9 +64,9 @@ def throughput(subject: Subject) -> Measurement:
             **subject.conditions,
             "batch": best,
             "threads": threads,
-            **{f"batch_{size}_per_s": round(rate, 3) for size, rate in sorted(rates.items())},
+            **{f"batch_{size}_per_s": round(rates[size], 3) for size in sizes},
         },
-        count=times_ms.size,
+        count=len(blocks[0]),
         how=how,
     )
 
@@ -86,8 +91,6 @@ def batches_of(inputs: Sequence[Arrays], asked: int, size: int) -> list[Arrays]:
     return made
 
 
-def _rate(runner: Runner, inputs: Sequence[Arrays], asked: int, size: int, seconds: float) -> float:
-    """Return samples per second, roughly."""
-    calls = [runner.bind(arrays) for arrays in batches_of(inputs, asked, size)]
-    warm_up(calls, runs=3, seconds=0.1)
-    return 1000 * size / float(np.median(timed(calls, seconds)))
+def _first_ms(calls: Calls) -> float:
+    """Return a rough time of a run; raises where the network does not take the batch."""
+    return float(np.median(warm_up(calls, runs=3, seconds=0.0)))

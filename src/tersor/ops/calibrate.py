@@ -18,6 +18,8 @@ def histograms(
     observed: Sequence[Sequence[fx.Node]],
     batches: Iterable[Batch],
     inputs: Inputs,
+    *,
+    bins: int = 2048,
 ) -> tuple[list[Histogram], int]:
     """Run the batches once and count the values at nodes.
 
@@ -26,6 +28,7 @@ def histograms(
         observed: For each histogram the nodes whose values go into it.
         batches: Calibration data; `labels` are not looked at.
         inputs: How to call the network.
+        bins: Of each histogram; 0: its ends alone.
 
     Returns:
         The histograms and the number of samples seen.
@@ -35,7 +38,7 @@ def histograms(
         infinity, or
             that the network refuses; or the iterable raised. Names the batch, and the layer.
     """
-    made = [Histogram() for _ in observed]
+    made = [Histogram(bins) for _ in observed]
     sinks: dict[fx.Node, list[Histogram]] = {}
     for histogram, nodes in zip(made, observed, strict=True):
         for node in nodes:

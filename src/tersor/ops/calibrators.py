@@ -19,7 +19,10 @@ _STEPS = 100
 class Histogram:
     """A histogram of a stream of tensors in fixed memory.
 
-    The range doubles, and neighbouring bins merge, when a value falls outside; counts stay exact.
+    The range doubles, and neighboring bins merge, when a value falls outside; counts stay exact.
+
+    Args:
+        bins: An even number; 0 keeps the ends alone, which is all that `min_max` reads.
     """
 
     def __init__(self, bins: int = 2048) -> None:
@@ -48,6 +51,8 @@ class Histogram:
         if not (np.isfinite(least) and np.isfinite(most)):
             raise ValueError("NaN or infinity")
         self.least, self.most = min(self.least, least), max(self.most, most)
+        if not len(self.counts):
+            return
         if not self.width:
             self.low = least
             self.width = max(most - least, 1e-6 * max(abs(least), abs(most)), 1e-20)
@@ -94,7 +99,10 @@ def entropy(histogram: Histogram) -> tuple[float, float]:
 
 
 def mse(histogram: Histogram) -> tuple[float, float]:
-    """Choose the range of smallest squared error of rounding and clipping; each end by itself."""
+    """Choose the range with the smallest squared error of rounding and clipping.
+
+    Both ends shrink together at first, then each by itself.
+    """
     return _best(histogram, _squared_error, both=False)
 
 
@@ -105,16 +113,14 @@ def _best(
     low, high = min(histogram.least, 0.0), max(histogram.most, 0.0)
     if high == low:
         return low, high
-    factors = np.linspace(1.0, 1 / _STEPS, _STEPS)
+    factors = [float(f) for f in np.linspace(1.0, 1 / _STEPS, _STEPS)]
+    best = min(((low * f, high * f) for f in factors), key=lambda ends: loss(histogram, *ends))
     if both:
-        ranges = [(low * f, high * f) for f in factors]
-        return min(ranges, key=lambda ends: loss(histogram, *ends))
+        return best
     for _ in range(2):
-        high = min((high * f for f in factors), key=lambda end: loss(histogram, low, end))
-        low = min((low * f for f in factors), key=lambda end: loss(histogram, end, high))
-        if low == 0:
-            break
-    return low, high
+        best = min(((best[0], high * f) for f in factors), key=lambda ends: loss(histogram, *ends))
+        best = min(((low * f, best[1]) for f in factors), key=lambda ends: loss(histogram, *ends))
+    return best
 
 
 def _squared_error(histogram: Histogram, low: float, high: float) -> float:

@@ -227,13 +227,13 @@ class _Placement:
             if isinstance(module, _SHARE_MODULES) or _nearest(module):
                 return "share"
             return "pool" if isinstance(module, _POOL_MODULES) else "other"
+        target = node.target
+        if node.op == "call_function" and target in _CONCAT:
+            return "concat" if _operands(node) else "other"
         if node.op not in ("call_function", "call_method") or not isinstance(_first(node), fx.Node):
             return "other"
-        target = node.target
         if target in _ADD:
             return "add" if self._is_residual(node) else "other"
-        if target in _CONCAT:
-            return "concat" if _operands(node) else "other"
         if target in _RELU or (target in _CLAMP and _clamp_bounds(node)[0] == 0):
             return "activation"
         if "shape" not in _first(node).meta:

@@ -76,7 +76,10 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
     if batches is None:
         raise DataError("static needs calibration data: a few hundred samples, without labels")
     watched = context.track(batches, "calibrating")
-    counted, samples = histograms(captured, [p.observed for p in points], watched, context.inputs)
+    bins = 0 if config.calibrator == "min_max" else 2048
+    counted, samples = histograms(
+        captured, [p.observed for p in points], watched, context.inputs, bins=bins
+    )
     calibrator = _calibrator(config)
     rounded = [
         (point, _rounding(point, calibrator(histogram), config))

@@ -21,8 +21,8 @@ class WeightOnly:
     bits: Literal[8, 4] = 8
     """Bits of a weight. Convolutions are left in float at 4."""
     group_size: int | None = None
-    """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 at 4 bits, -1
-    at 8. ONNX Runtime multiplies by packed weights only for powers of two from 16 on."""
+    """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 at 4
+    bits where it divides the row, else -1. ONNX Runtime multiplies by packed weights only for powers of two from 16 on."""
     symmetric: bool = True
     """Codes around 0; else each group has a zero of its own."""
     layers: Layers = Layers()
@@ -31,11 +31,6 @@ class WeightOnly:
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size != -1 and self.group_size < 2:
             raise ValueError(f"group_size must be -1 or at least 2, got {self.group_size}")
-
-    @property
-    def size(self) -> int:
-        """The group size in force."""
-        return self.group_size if self.group_size is not None else (32 if self.bits == 4 else -1)
 
 
 @technique()
@@ -80,26 +75,37 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
             raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
     if hasattr(net, "tersor_precision"):
         captured.tersor_precision = net.tersor_precision
-    context.record(layers=len(chosen), left_in_float=left, group_size=config.size)
+    sizes = {n: m.group_size for n, m in captured.named_modules() if isinstance(m, GroupedLinear)}
+    context.record(layers=len(chosen), left_in_float=left, bits=config.bits, group_sizes=sizes)
     return captured
 
 
 def _check_size(name: str, columns: int, config: WeightOnly) -> None:
-    if config.size == -1 or columns % config.size == 0:
+    wanted = config.group_size
+    if wanted is None or wanted == -1 or columns % wanted == 0:
         return
-    divisors = [d for d in range(2, columns + 1) if columns % d == 0]
-    nearest = min(divisors, key=lambda d: abs(d - config.size))
+    divisors = [d for d in range(2, columns) if columns % d == 0]
+    nearest = min(divisors, key=lambda d: abs(d - wanted), default=None)
+    use = f"group_size {nearest} or -1" if nearest else "group_size -1"
     raise RecipeError(
-        f"weight_only: layer {name!r} has {columns} columns, not a multiple of group_size "
-        f'{config.size}; use group_size {nearest} or -1, or leave it out: layers: ["!{name}"]'
+        f"weight_only: layer {name!r} has {columns} columns, not a multiple of group_size {wanted}; "
+        f'use {use}, or leave it out: layers: ["!{name}"]'
     )
 
 
+def _size(columns: int, config: WeightOnly) -> int:
+    """Return the values of a row of `columns` that share a scale."""
+    if config.group_size is None:
+        return 32 if config.bits == 4 and columns % 32 == 0 else columns
+    return columns if config.group_size == -1 else config.group_size
+
+
 def _rounded(layer: nn.Module, config: WeightOnly) -> nn.Module:
-    whole_rows = config.size == -1 and config.bits == 8 and config.symmetric
-    if not isinstance(layer, nn.Linear) or whole_rows:
+    if not isinstance(layer, nn.Linear):
         return quantized(layer, channel_scales(rows(layer)))
-    size = layer.in_features if config.size == -1 else config.size
+    size = _size(layer.in_features, config)
+    if config.bits == 8 and config.symmetric and size == layer.in_features:
+        return quantized(layer, channel_scales(rows(layer)))
     made = GroupedLinear(
         layer.in_features,
         layer.out_features,

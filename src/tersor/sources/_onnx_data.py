@@ -165,10 +165,11 @@ def _read_external(entries: dict[str, str], tensor: Any, folder: Path) -> tuple[
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise ValueError(f"external data file {location!r} cannot be read: {why}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError(f"external data {location!r} is not a file")
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"external data {location!r} is not a file")
         if status.st_nlink > 1:
             raise ValueError(f"external data file {location!r} is a hard link; refused (copy it)")
         begin = _whole(entries.get("offset", "0"), "offset")

@@ -40,6 +40,23 @@ def check_versions(model: onnx.ModelProto) -> None:
         )
 
 
+def check_text(message: Any) -> None:
+    """Refuse names that are not UTF-8, which protobuf lets through as bytes.
+
+    Raises:
+        ModelError: with the field.
+    """
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            texts = [value] if isinstance(value, (str, bytes)) else value
+            bad = [text for text in texts if isinstance(text, bytes)]
+            if bad:
+                raise ModelError(f"its field {field.full_name!r} is not UTF-8: {bad[0][:40]!r}")
+        elif field.type == field.TYPE_MESSAGE:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                check_text(part)
+
+
 def check_structure(model: onnx.ModelProto) -> None:
     """Refuse unknown operators, wrong names, cycles, missing inputs and deep nesting.
 

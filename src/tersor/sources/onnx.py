@@ -13,7 +13,7 @@ from tersor.core.model import Inputs, Model, Source
 from tersor.core.sniffing import foreign
 from tersor.sources._onnx_data import check_tensors, check_values, embed_external
 from tersor.sources._onnx_memory import check_memory
-from tersor.sources._onnx_structure import check_loops, check_structure, check_versions
+from tersor.sources._onnx_structure import check_loops, check_structure, check_text, check_versions
 
 _LARGEST = (2 << 30) - 1
 _FREE_SIZE = 16
@@ -42,6 +42,7 @@ def load(place: str, *, weights: Path | None = None, partial: bool = False) -> M
     try:
         model, notes = _read(file)
         inputs = _inputs(model)
+        _check_rest(model)
     except ModelError as error:
         raise ModelError(f"ONNX model {place!r}: {error}") from error
     return Model(net=model, form="onnx", origin=f"onnx:{place}", inputs=inputs, notes=notes)
@@ -61,6 +62,7 @@ def _read(file: Path) -> tuple[Any, tuple[str, ...]]:
         raise ModelError(
             f"its {size} bytes are not an ONNX model: cut off while it was copied, or damaged"
         ) from error
+    check_text(model)
     check_versions(model)
     check_structure(model)
     check_tensors(model)
@@ -68,13 +70,12 @@ def _read(file: Path) -> tuple[Any, tuple[str, ...]]:
     check_values(model)
     check_loops(model)
     check_memory(model)
-    _check_rest(model)
     return model, notes
 
 
 def _check_rest(model: Any) -> None:
     """Let onnx check attributes and types, on what it can take in one piece."""
-    if model.ByteSize() > _LARGEST:
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGEST - (64 << 20):
         return
     try:
         onnx.checker.check_model(model)

@@ -1,0 +1,117 @@
+"""Weight-only quantization: what changes, how it runs, and what is refused."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tersor.core import plugins
+from tersor.core.errors import ModelError, RecipeError
+from tersor.core.layers import Layers
+from tersor.core.runtime import Target
+from tersor.ops.lower import lower
+from tersor.ops.modules import GroupedLinear, QuantConv2d, QuantLinear
+from tersor.quantization.static import Static, static
+from tersor.quantization.weight_only import WeightOnly, weight_only
+from tests import networks
+
+
+def test_eight_bits_are_a_row_each_by_default(tiny_context: Any) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    made = weight_only(net, WeightOnly(), context)
+    assert isinstance(made.get_submodule("fc"), QuantLinear)
+    assert isinstance(made.get_submodule("conv1"), QuantConv2d)
+    assert context.facts == {"layers": 9, "left_in_float": {}, "bits": 8, "group_sizes": {}}
+
+
+def test_four_bits_leave_convolutions(tiny_context: Any) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    made = weight_only(net, WeightOnly(bits=4, group_size=8), context)
+    assert isinstance(made.get_submodule("fc"), GroupedLinear)
+    assert isinstance(made.get_submodule("conv1"), nn.Conv2d)
+    assert context.facts["left_in_float"]["conv1"].startswith("a convolution")
+
+
+@pytest.mark.parametrize(
+    ("config", "bound"),
+    [
+        (WeightOnly(), 0.02),
+        (WeightOnly(group_size=8), 0.02),
+        (WeightOnly(symmetric=False), 0.02),
+        (WeightOnly(bits=4), 0.3),
+        (WeightOnly(bits=4, group_size=-1), 0.4),
+        (WeightOnly(bits=4, symmetric=False, group_size=8), 0.25),
+    ],
+)
+def test_outputs_move_by_the_rounding_only(config: WeightOnly, bound: float, tiny_context: Any) -> None:
+    net = networks.tiny_transformer()
+    x = networks.digits()[0][:64]
+    with torch.no_grad():
+        before = net(x)
+        after = weight_only(copy.deepcopy(net), config, tiny_context(net))(x)
+    moved = float((after - before).square().mean().sqrt() / before.square().mean().sqrt())
+    assert 0 < moved < bound
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("config", [WeightOnly(), WeightOnly(bits=4), WeightOnly(bits=4, symmetric=False)])
+def test_runtimes_agree_with_memory(config: WeightOnly, runtime: str, tiny_context: Any, tmp_path: Path) -> None:
+    pytest.importorskip(runtime)
+    net = networks.tiny_transformer()
+    made = weight_only(net, config, tiny_context(net))
+    found = plugins.runtime(runtime)
+    files = found.export(lower(made, "onnx", networks.inputs()), tmp_path, networks.inputs())
+    runner = found.load(files[0], Target(runtime=runtime, options={"threads": 1}))
+    x = networks.digits()[0][:32]
+    with torch.no_grad():
+        wanted = made(x).numpy()
+    assert np.abs(next(iter(runner.bind({"x": x.numpy()})().values())) - wanted).max() < 1e-3
+
+
+def test_group_size_must_divide(tiny_context: Any) -> None:
+    net = networks.tiny_transformer()
+    with pytest.raises(RecipeError, match=r"layer 'embed' has 8 columns, not a multiple of group_size 32; use group_size 4 or -1"):
+        weight_only(net, WeightOnly(bits=4, group_size=32), tiny_context(net))
+    assert isinstance(net.qkv, nn.Linear)
+
+
+def test_unset_group_size_falls_back_to_the_row(tiny_context: Any) -> None:
+    net = networks.tiny_transformer()
+    context = tiny_context(net)
+    weight_only(net, WeightOnly(bits=4), context)
+    assert context.facts["group_sizes"]["embed"] == 8
+    assert context.facts["group_sizes"]["qkv"] == 32
+
+
+def test_group_size_is_checked() -> None:
+    with pytest.raises(ValueError, match="group_size must be -1 or at least 2, got 0"):
+        WeightOnly(group_size=0)
+
+
+def test_misspelt_layer(tiny_context: Any) -> None:
+    net = networks.tiny_transformer()
+    with pytest.raises(RecipeError, match=r"pattern 'qvk' matches no layer. Did you mean 'qkv'\?"):
+        weight_only(net, WeightOnly(layers=Layers(patterns=("qvk",))), tiny_context(net))
+
+
+def test_nan_weights(tiny_context: Any) -> None:
+    net = networks.tiny_transformer()
+    with torch.no_grad():
+        net.qkv.weight[0, 0] = torch.inf
+    with pytest.raises(ModelError, match="layer 'qkv' cannot be quantized: its weights hold NaN or infinity"):
+        weight_only(net, WeightOnly(), tiny_context(net))
+
+
+def test_follows_static_without_touching_its_layers(tiny_context: Any) -> None:
+    net = networks.tiny_transformer()
+    context = tiny_context(net)
+    made = weight_only(static(net, Static(), context), WeightOnly(), context)
+    assert context.facts["layers"] == 0
+    assert set(context.facts["left_in_float"].values()) == {"quantized before"}
+    assert bool(torch.isfinite(made(networks.digits()[0][:4])).all())
