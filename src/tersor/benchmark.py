@@ -90,7 +90,8 @@ def contest(
     if found.blocks < MIN_BLOCKS:
         note += f"; only {found.blocks} blocks, of {MIN_BLOCKS} wanted, in the time given"
     how = (
-        f"median ratio of {found.blocks} interleaved blocks in {spent_s:.1f} s, "
+        f"median ratio of {found.blocks} interleaved blocks in {spent_s:.1f} s (lower quartile of each "
+        f"turn's runs), "
         f"95 % block bootstrap, minimum effect {100 * min_effect:g} %{note}"
     )
     return replace(found, how=how)
@@ -204,6 +205,7 @@ def compare(
     aa: int = 0,
     seed: int = 0,
     split: str = "test",
+    display: Track = silent,
 ) -> Comparison:
     """Say whether b is faster or slower than a.
 
@@ -219,6 +221,7 @@ def compare(
         aa: Repetitions of a self check: a against a second copy of a, 2 to 3 s each.
         seed: Decides inputs, orders and the bootstrap.
         split: The split that inputs are taken from.
+        display: Progress of the self check.
 
     Returns:
         The comparison, with what made the machine unfit in `warnings`.
@@ -253,6 +256,7 @@ def compare(
             min_effect=min_effect,
             budget_s=min(2.0, budget_s),
             seed=seed,
+            display=display,
         )
     cores = left.target.threads or usable_cores()
     return replace(

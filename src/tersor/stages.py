@@ -23,7 +23,7 @@ from tersor.core.recipe import Recipe, stage_name, step_name
 from tersor.core.report import LimitReport, Ratio, Report, StageReport, Verdict
 from tersor.core.schema import Mistakes, changed, from_plain, to_plain
 from tersor.core.statistics import Comparison
-from tersor.ops import edits, losses
+from tersor.ops import edits, losses, pt2
 from tersor.ops.lower import form_of, lower
 from tersor.verdict import SPEEDS, Decision, Evidence, check_limits, judge
 
@@ -157,7 +157,7 @@ class Run:
         if (folder / "network.json").exists():
             return edits.replay(folder, copy.deepcopy(self.original))
         if (folder / "network.pt2").exists():
-            return torch.export.load(folder / "network.pt2")
+            return pt2.read(folder / "network.pt2")
         import onnx
 
         return onnx.load(folder / "network.onnx")

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tersor.core.context import Batch, Loss, Track, silent
 from tersor.core.errors import DataError, StepError
+from tersor.core.hardware import usable_cores
 from tersor.ops.precision import channels_last, gains_from_bf16
 
 _log = logging.getLogger("tersor")
@@ -228,9 +229,7 @@ def _usable_cores() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return usable_cores()
 
 
 @contextmanager

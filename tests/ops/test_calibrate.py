@@ -74,7 +74,11 @@ def test_mse_beats_min_max_where_there_are_outliers() -> None:
     ends = calibrators.mse(counted(x))
     assert squared_error(x, *ends) < 0.7 * squared_error(x, float(x.min()), float(x.max()))
     # no candidate of a plain search is much better; the histogram's bins are coarser than x
-    best = min(squared_error(x, -9 * f, 8 * g) for f in np.linspace(0.3, 1, 8) for g in np.linspace(0.3, 1, 8))
+    best = min(
+        squared_error(x, -9 * f, 8 * g)
+        for f in np.linspace(0.3, 1, 8)
+        for g in np.linspace(0.3, 1, 8)
+    )
     assert squared_error(x, *ends) <= 1.1 * best
 
 
@@ -118,7 +122,11 @@ def test_sweep_sees_every_value_once() -> None:
     (x, conv, _relu), samples = observe(batches, net)
     assert samples == 7
     everything = torch.cat([b["x"] for b in batches])
-    assert (x.least, x.most, x.counts.sum()) == (float(everything.min()), float(everything.max()), 7 * 64)
+    assert (x.least, x.most, x.counts.sum()) == (
+        float(everything.min()),
+        float(everything.max()),
+        7 * 64,
+    )
     made = net.conv(everything)
     assert conv.most == pytest.approx(float(made.detach().max()), rel=1e-5)
 
@@ -147,7 +155,10 @@ def bad(value: float) -> list[dict[str, Tensor]]:
         ([], "the calibration data holds no batch"),
         (raising(), "the calibration data raised at batch 1: OSError: disk gone"),
         ([{"y": torch.zeros(2)}], "calibration batch 0 has no 'x'; it holds y"),
-        ([{"x": torch.zeros(2, 3, 8, 8)}], r"'x' has shape \(2, 3, 8, 8\), expected \(any, 1, 8, 8\)"),
+        (
+            [{"x": torch.zeros(2, 3, 8, 8)}],
+            r"'x' has shape \(2, 3, 8, 8\), expected \(any, 1, 8, 8\)",
+        ),
         ([{"x": torch.zeros(2, 8)}], r"'x' has shape \(2, 8\), expected"),
         ([{"x": torch.zeros(2, 1, 8, 8).double()}], "'x' is torch.float64, expected torch.float32"),
         ([torch.zeros(2)], "calibration batch 0 is a Tensor, not a mapping"),

@@ -11,10 +11,18 @@ from tersor.ops.modules import Quantize
 from tersor.ops.placement import Point, drop_identities, insert, place
 
 
-def points(net: nn.Module, *shape: int, layers: list[str] | None = None) -> tuple[fx.GraphModule, list[Point]]:
-    captured = capture(net.eval(), Inputs(example={"x": torch.randn(2, *shape)}, dynamic={"x": {0: "batch"}}))
+def points(
+    net: nn.Module, *shape: int, layers: list[str] | None = None
+) -> tuple[fx.GraphModule, list[Point]]:
+    captured = capture(
+        net.eval(), Inputs(example={"x": torch.randn(2, *shape)}, dynamic={"x": {0: "batch"}})
+    )
     drop_identities(captured)
-    names = [n for n, m in captured.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))]
+    names = [
+        n
+        for n, m in captured.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d))
+    ]
     return captured, place(captured, names if layers is None else layers)
 
 
@@ -97,8 +105,14 @@ def test_concatenation_and_pooling_share_a_scale() -> None:
     assert "max_pool2d" not in {n.name for n in point.observed}  # it only selects
     before = len(list(captured.graph.nodes))
     insert(captured, [(p, Quantize(0.1, 0)) for p in found])
-    calls = [str(n.target) for n in captured.graph.nodes if n.op == "call_module" and str(n.target).startswith("rounding.")]
-    assert len(calls) == len(list(captured.graph.nodes)) - before == sum(len(p.places) for p in found)
+    calls = [
+        str(n.target)
+        for n in captured.graph.nodes
+        if n.op == "call_module" and str(n.target).startswith("rounding.")
+    ]
+    assert (
+        len(calls) == len(list(captured.graph.nodes)) - before == sum(len(p.places) for p in found)
+    )
     assert len(set(calls)) == len(found)
     captured(torch.randn(3, 1, 8, 8))
 
@@ -131,7 +145,9 @@ class Clipped(nn.Module):
         return self.conv2(self.clip(self.conv1(x)))
 
 
-@pytest.mark.parametrize(("clip", "ceiling"), [(nn.ReLU6(), 6.0), (nn.ReLU(), None), (nn.Hardtanh(0, 2.5), 2.5)])
+@pytest.mark.parametrize(
+    ("clip", "ceiling"), [(nn.ReLU6(), 6.0), (nn.ReLU(), None), (nn.Hardtanh(0, 2.5), 2.5)]
+)
 def test_clip_before_a_rounding_gives_its_ceiling(clip: nn.Module, ceiling: float | None) -> None:
     _, found = points(Clipped(clip), 1, 4, 4)
     assert names(found) == [{"x"}, {"clip"}]
@@ -141,7 +157,11 @@ def test_clip_before_a_rounding_gives_its_ceiling(clip: nn.Module, ceiling: floa
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.Hardswish(), nn.GELU()])
 def test_float_activation_stands_between_roundings(activation: nn.Module) -> None:
     _, found = points(Clipped(activation), 1, 4, 4)
-    assert names(found) == [{"x"}, {"conv1"}, {"clip"}]  # no integer convolution writes float in ONNX Runtime
+    assert names(found) == [
+        {"x"},
+        {"conv1"},
+        {"clip"},
+    ]  # no integer convolution writes float in ONNX Runtime
 
 
 class Patches(nn.Module):
@@ -187,6 +207,10 @@ def test_dropout_and_identity_are_taken_out() -> None:
     x = torch.randn(3, 4)
     before = captured(x)
     drop_identities(captured)
-    kinds = {type(captured.get_submodule(str(n.target))).__name__ for n in captured.graph.nodes if n.op == "call_module"}
+    kinds = {
+        type(captured.get_submodule(str(n.target))).__name__
+        for n in captured.graph.nodes
+        if n.op == "call_module"
+    }
     assert kinds == {"Linear", "ReLU"}
     assert torch.equal(captured(x), before)

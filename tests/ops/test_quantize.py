@@ -32,7 +32,9 @@ def test_symmetric_grid_is_signed_without_zero() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (0.0, 1e-40), (-1e-45, 1e-45), (0.0, 3e38), (-3e38, 3e38)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.0), (0.0, 1e-40), (-1e-45, 1e-45), (0.0, 3e38), (-3e38, 3e38)]
+)
 def test_scale_is_never_zero_or_infinite(low: float, high: float, symmetric: bool) -> None:
     scale, zero, least, most = activation_grid(low, high, symmetric=symmetric)
     assert 0 < scale < math.inf
@@ -100,11 +102,16 @@ def test_group_codes_against_loops(bits: int, symmetric: bool) -> None:
         for g in range(2):
             group = [float(w) for w in weight[o, 4 * g : 4 * g + 4]]
             z = 0 if zero is None else int(zero[o, g])
-            mine = sum((float(scale[o, g]) * (int(codes[o, 4 * g + i]) - z) - group[i]) ** 2 for i in range(4))
+            mine = sum(
+                (float(scale[o, g]) * (int(codes[o, 4 * g + i]) - z) - group[i]) ** 2
+                for i in range(4)
+            )
             if symmetric:
                 step = max(abs(w) for w in group) / (2 ** (bits - 1) - 1)
                 plain = sum((round(w / step) * step - w) ** 2 for w in group)
-                assert mine <= plain * (1 + 1e-4) + 1e-12  # never worse than the highest code for the largest
+                assert (
+                    mine <= plain * (1 + 1e-4) + 1e-12
+                )  # never worse than the highest code for the largest
             else:
                 step = (max(*group, 0) - min(*group, 0)) / (2**bits - 1)
                 assert float(scale[o, g]) == pytest.approx(step, rel=1e-5)
@@ -113,7 +120,9 @@ def test_group_codes_against_loops(bits: int, symmetric: bool) -> None:
 
 def test_zero_group_stays_zero() -> None:
     for symmetric in (True, False):
-        codes, scale, zero = group_codes(torch.zeros(2, 4), bits=4, group_size=4, symmetric=symmetric)
+        codes, scale, zero = group_codes(
+            torch.zeros(2, 4), bits=4, group_size=4, symmetric=symmetric
+        )
         assert bool((scale == 1).all())
         assert not codes.any()
         assert zero is None or not zero.any()

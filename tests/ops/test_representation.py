@@ -48,7 +48,9 @@ class IntegerCnn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rounding = nn.ModuleList(Quantize(s, z) for s, z in ((0.04, 128), (0.02, 0), (0.02, 0), (0.03, 0), (0.01, 5)))
+        self.rounding = nn.ModuleList(
+            Quantize(s, z) for s, z in ((0.04, 128), (0.02, 0), (0.02, 0), (0.03, 0), (0.01, 5))
+        )
         self.conv = int8(nn.Conv2d(3, 8, 3, padding=1))
         self.depthwise = int8(nn.Conv2d(8, 8, 3, padding=1, groups=8))
         self.linear = int8(nn.Linear(8, 10))
@@ -78,11 +80,17 @@ def test_onnxruntime_fuses_all_integer_operators(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     import onnx
 
-    model = lower(IntegerCnn().eval(), "onnx", Inputs(example={"x": torch.randn(2, 3, 8, 8)}, dynamic={"x": {0: "batch"}}))
+    model = lower(
+        IntegerCnn().eval(),
+        "onnx",
+        Inputs(example={"x": torch.randn(2, 3, 8, 8)}, dynamic={"x": {0: "batch"}}),
+    )
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert kinds["QLinearConv"] == 2
     assert kinds["QLinearAdd"] == 1
@@ -93,7 +101,13 @@ def test_onnxruntime_fuses_all_integer_operators(tmp_path: Path) -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize(
     ("bits", "symmetric", "shape"),
-    [(4, True, (6, 64)), (4, False, (6, 64)), (8, True, (6, 64)), (8, False, (6, 64)), (4, True, (6, 5, 64))],
+    [
+        (4, True, (6, 64)),
+        (4, False, (6, 64)),
+        (8, True, (6, 64)),
+        (8, False, (6, 64)),
+        (4, True, (6, 5, 64)),
+    ],
 )
 def test_grouped_weights_are_exact_on_runtimes(
     runtime: str, bits: int, symmetric: bool, shape: tuple[int, ...], tmp_path: Path
@@ -112,18 +126,28 @@ def test_grouped_weights_are_exact_on_runtimes(
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
-def test_onnxruntime_multiplies_by_packed_weights(bits: int, symmetric: bool, tmp_path: Path) -> None:
+def test_onnxruntime_multiplies_by_packed_weights(
+    bits: int, symmetric: bool, tmp_path: Path
+) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     import onnx
 
     net = GroupedLinear(64, 48, bits=bits, group_size=32, symmetric=symmetric).eval()
-    model = lower(net, "onnx", Inputs(example={"x": torch.randn(2, 64)}, dynamic={"x": {0: "batch"}}))
-    codes = sum(len(t.raw_data) for t in model.graph.initializer if t.data_type not in (onnx.TensorProto.FLOAT,))
+    model = lower(
+        net, "onnx", Inputs(example={"x": torch.randn(2, 64)}, dynamic={"x": {0: "batch"}})
+    )
+    codes = sum(
+        len(t.raw_data)
+        for t in model.graph.initializer
+        if t.data_type not in (onnx.TensorProto.FLOAT,)
+    )
     assert codes <= 64 * 48 * bits // 8 + 48 * 2  # and a zero for each group
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert kinds == {"MatMulNBits": 1}
 
@@ -137,21 +161,30 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
-def test_layers_equal_their_float_twin_with_rounded_weights(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_layers_equal_their_float_twin_with_rounded_weights(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
     made = int8(layer)
     assert isinstance(made, (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear))
     x = torch.randn(shape)
     with torch.no_grad():
-        weight = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+        weight = (
+            layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+        )
         scale = weight.flatten(1).abs().amax(1).view(-1, *[1] * (weight.dim() - 1)) / 127
         rounded = (weight / scale).round() * scale
-        layer.weight.copy_(rounded.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else rounded)
+        layer.weight.copy_(
+            rounded.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else rounded
+        )
         assert torch.allclose(made(x), layer(x), atol=1e-5)
 
 
 def every_module() -> list[nn.Module]:
     made: list[nn.Module] = [int8(layer) for layer, _ in LAYERS]
-    made += [GroupedLinear(8, 4, bits=4, group_size=4, symmetric=False), GroupedLinear(8, 4, bits=8, group_size=2, bias=False)]
+    made += [
+        GroupedLinear(8, 4, bits=4, group_size=4, symmetric=False),
+        GroupedLinear(8, 4, bits=8, group_size=2, bias=False),
+    ]
     return [*made, Quantize(0.1, 3), Quantize(0.25, 0, -128, 127)]
 
 

@@ -42,7 +42,9 @@ def test_outputs_are_near_and_not_equal(runtime: str, tiny_context: Any, tmp_pat
     net = half(networks.tiny_cnn(), Half(), tiny_context(networks.tiny_cnn(), target=target))
     files = found.export(lower(net, found.takes, networks.inputs()), tmp_path, networks.inputs())
     try:
-        runner = found.load(files[0], Target(runtime=runtime, options={"threads": 1, "precision": "bf16"}))
+        runner = found.load(
+            files[0], Target(runtime=runtime, options={"threads": 1, "precision": "bf16"})
+        )
     except TargetError as error:
         pytest.skip(str(error))
     x = networks.digits()[0][:64]

@@ -38,7 +38,9 @@ def test_accuracy_stays_with_every_calibrator(calibrator: Any, tiny_context: Any
     assert accuracy(made) >= before - 1
 
 
-@pytest.mark.parametrize("config", [Static(symmetric=True), Static(per_channel=False), Static(float_ends=True)])
+@pytest.mark.parametrize(
+    "config", [Static(symmetric=True), Static(per_channel=False), Static(float_ends=True)]
+)
 def test_accuracy_stays_with_other_settings(config: Static, tiny_context: Any) -> None:
     net = networks.tiny_cnn()
     assert accuracy(static(copy.deepcopy(net), config, tiny_context(net))) >= accuracy(net) - 2
@@ -67,7 +69,9 @@ def test_layers_hold_integers_and_facts_are_told(tiny_context: Any) -> None:
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("make", [networks.tiny_cnn, networks.tiny_transformer])
-def test_runtimes_agree_with_memory(make: Any, runtime: str, tiny_context: Any, tmp_path: Path) -> None:
+def test_runtimes_agree_with_memory(
+    make: Any, runtime: str, tiny_context: Any, tmp_path: Path
+) -> None:
     pytest.importorskip(runtime)
     net = make()
     made = static(net, Static(), tiny_context(net))
@@ -91,7 +95,9 @@ def test_rounding_is_the_only_change(tiny_context: Any) -> None:
     x[0, 0], x[0, 1] = 0.0, 1.0
     inputs = replace(networks.inputs(), example={"input": x[:2]}, dynamic={"input": {0: "batch"}})
     context = tiny_context(net)
-    context = replace(context, inputs=inputs, data=replace(context.data, calibration=[{"input": x}]))
+    context = replace(
+        context, inputs=inputs, data=replace(context.data, calibration=[{"input": x}])
+    )
     before = net(x).detach()
     assert torch.allclose(static(net, Static(), context)(x), before, atol=1e-5)
 
@@ -114,7 +120,11 @@ def test_result_can_be_copied_captured_and_quantized_again(tiny_context: Any) ->
 def test_follows_weight_only_and_half(tiny_context: Any) -> None:
     net = networks.tiny_transformer()
     context = tiny_context(net, target=Target(runtime="openvino"))
-    first = half(weight_only(net, WeightOnly(layers=Layers(patterns=("fc1", "fc2"))), context), Half(), context)
+    first = half(
+        weight_only(net, WeightOnly(layers=Layers(patterns=("fc1", "fc2"))), context),
+        Half(),
+        context,
+    )
     made = static(first, Static(), context)
     assert context.facts["left_in_float"]["fc1"] == "quantized before"
     assert type(made.get_submodule("qkv")).__name__ == "QuantLinear"
@@ -136,14 +146,21 @@ def test_float_ends_leaves_first_and_last_layer(tiny_context: Any) -> None:
     net = networks.tiny_cnn()
     context = tiny_context(net)
     static(net, Static(float_ends=True), context)
-    assert context.facts["left_in_float"] == {"conv1": "first or last layer", "fc": "first or last layer"}
+    assert context.facts["left_in_float"] == {
+        "conv1": "first or last layer",
+        "fc": "first or last layer",
+    }
 
 
 def test_clipped_activation_keeps_its_codes_below_the_clip(tiny_context: Any) -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 3)).eval()
     with torch.no_grad():
         net[0].weight.mul_(100)
-    inputs = replace(networks.inputs(), example={"input": networks.digits()[0][:2]}, dynamic={"input": {0: "batch"}})
+    inputs = replace(
+        networks.inputs(),
+        example={"input": networks.digits()[0][:2]},
+        dynamic={"input": {0: "batch"}},
+    )
     context = tiny_context(net)
     data = replace(context.data, calibration=[{"input": networks.digits()[0][:64]}])
     made = static(net, Static(), replace(context, inputs=inputs, data=data))
@@ -164,13 +181,18 @@ def test_missing_calibration(tiny_context: Any) -> None:
     net = networks.tiny_cnn()
     context = tiny_context(net)
     context = replace(context, data=replace(context.data, calibration=None))
-    with pytest.raises(DataError, match="static needs calibration data: a few hundred samples, without labels"):
+    with pytest.raises(
+        DataError, match="static needs calibration data: a few hundred samples, without labels"
+    ):
         static(net, Static(), context)
 
 
 def test_misspelt_layer(tiny_context: Any) -> None:
     net = networks.tiny_cnn()
-    with pytest.raises(RecipeError, match=r"layers: pattern 'block1.conv3' matches no layer. Did you mean 'block1.conv"):
+    with pytest.raises(
+        RecipeError,
+        match=r"layers: pattern 'block1.conv3' matches no layer. Did you mean 'block1.conv",
+    ):
         static(net, Static(layers=Layers(patterns=("block1.conv3",))), tiny_context(net))
 
 
@@ -178,7 +200,9 @@ def test_nan_weights(tiny_context: Any) -> None:
     net = networks.tiny_cnn()
     with torch.no_grad():
         net.fc.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match="layer 'fc' cannot be quantized: its weights hold NaN or infinity"):
+    with pytest.raises(
+        ModelError, match="layer 'fc' cannot be quantized: its weights hold NaN or infinity"
+    ):
         static(net, Static(), tiny_context(net))
 
 
@@ -218,7 +242,9 @@ def test_real_networks_stay_within_a_point(name: str, workload: Any, tiny_contex
     example = next(iter(data["calibration"]))["x"][:2]
     inputs = replace(networks.inputs(), example={"x": example}, dynamic={"x": {0: "batch"}})
     context = tiny_context(net)
-    context = replace(context, inputs=inputs, data=replace(context.data, calibration=data["calibration"]))
+    context = replace(
+        context, inputs=inputs, data=replace(context.data, calibration=data["calibration"])
+    )
     made = static(copy.deepcopy(net), Static(), context)
     right: dict[str, list[Tensor]] = {"before": [], "after": []}
     with torch.no_grad():

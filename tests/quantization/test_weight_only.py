@@ -49,7 +49,9 @@ def test_four_bits_leave_convolutions(tiny_context: Any) -> None:
         (WeightOnly(bits=4, symmetric=False, group_size=8), 0.25),
     ],
 )
-def test_outputs_move_by_the_rounding_only(config: WeightOnly, bound: float, tiny_context: Any) -> None:
+def test_outputs_move_by_the_rounding_only(
+    config: WeightOnly, bound: float, tiny_context: Any
+) -> None:
     net = networks.tiny_transformer()
     x = networks.digits()[0][:64]
     with torch.no_grad():
@@ -60,8 +62,12 @@ def test_outputs_move_by_the_rounding_only(config: WeightOnly, bound: float, tin
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("config", [WeightOnly(), WeightOnly(bits=4), WeightOnly(bits=4, symmetric=False)])
-def test_runtimes_agree_with_memory(config: WeightOnly, runtime: str, tiny_context: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config", [WeightOnly(), WeightOnly(bits=4), WeightOnly(bits=4, symmetric=False)]
+)
+def test_runtimes_agree_with_memory(
+    config: WeightOnly, runtime: str, tiny_context: Any, tmp_path: Path
+) -> None:
     pytest.importorskip(runtime)
     net = networks.tiny_transformer()
     made = weight_only(net, config, tiny_context(net))
@@ -76,7 +82,10 @@ def test_runtimes_agree_with_memory(config: WeightOnly, runtime: str, tiny_conte
 
 def test_group_size_must_divide(tiny_context: Any) -> None:
     net = networks.tiny_transformer()
-    with pytest.raises(RecipeError, match=r"layer 'embed' has 8 columns, not a multiple of group_size 32; use group_size 4 or -1"):
+    with pytest.raises(
+        RecipeError,
+        match=r"layer 'embed' has 8 columns, not a multiple of group_size 32; use group_size 4 or -1",
+    ):
         weight_only(net, WeightOnly(bits=4, group_size=32), tiny_context(net))
     assert isinstance(net.qkv, nn.Linear)
 
@@ -104,7 +113,9 @@ def test_nan_weights(tiny_context: Any) -> None:
     net = networks.tiny_transformer()
     with torch.no_grad():
         net.qkv.weight[0, 0] = torch.inf
-    with pytest.raises(ModelError, match="layer 'qkv' cannot be quantized: its weights hold NaN or infinity"):
+    with pytest.raises(
+        ModelError, match="layer 'qkv' cannot be quantized: its weights hold NaN or infinity"
+    ):
         weight_only(net, WeightOnly(), tiny_context(net))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tersor.core.errors import ModelError
 from tersor.sources import exported
-from tersor.sources._expressions import unsafe_guard, unsafe_size
+from tersor.ops.expressions import unsafe_guard, unsafe_size
 from tests.sources import programs
 
 MODEL = "models/model.json"

@@ -118,10 +118,9 @@ def interleave(
         until the 95 % interval of every ratio to the first was within 2 %, or the budget ended.
     """
     at_most_s = max(warm_up_s, budget_s / (2 * len(calls)))
-    guess_ms = [
-        float(np.median(warm_up(c, seconds=warm_up_s, at_most_s=at_most_s)[-20:])) for c in calls
-    ]
-    counts = [max(1, round(TURN_MS / max(ms, 1e-6))) for ms in guess_ms]
+    warm_ms = [warm_up(c, seconds=warm_up_s, at_most_s=at_most_s)[-50:] for c in calls]
+    guess_ms = [max(1e-6, float(np.quantile(times, QUARTILE))) for times in warm_ms]
+    counts = [max(1, round(TURN_MS / ms)) for ms in guess_ms]
     rng = np.random.default_rng(seed)
     blocks: list[np.ndarray] = []
     began = time.perf_counter()

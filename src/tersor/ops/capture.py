@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import ModelError
 from tersor.core.model import Inputs
+from tersor.ops.precision_note import carry_precision
 
 
 def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -52,6 +53,7 @@ def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
     captured.graph.eliminate_dead_code()
     captured.recompile()
     captured.train(net.training)
+    carry_precision(net, captured)
     _check_batch(net, captured, inputs)
     return captured
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import ArtifactError, ModelError
 from tersor.ops import blocks, modules
+from tersor.ops.precision_note import note_precision
 
 _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(
@@ -185,7 +186,7 @@ def replay(folder: Path, original: nn.Module | None) -> nn.Module:
     if plain["graph"] is not None:
         net = fx.GraphModule(net, _build_graph(plain["graph"]))
     if plain.get("precision"):
-        net.tersor_precision = str(plain["precision"])
+        note_precision(net, str(plain["precision"]))
     return net.eval()
 
 

@@ -1,7 +1,7 @@
 """Half: compute in a 16-bit floating-point format, bf16 or fp16."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -9,6 +9,7 @@ from tersor.core import plugins
 from tersor.core.context import Context
 from tersor.core.errors import TargetError
 from tersor.core.technique import technique
+from tersor.ops.precision_note import note_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,6 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
             f"{context.target} has no kernels that compute in {config.format}; "
             f"use one of the runtimes {', '.join(able)}, or the step static (int8)"
         )
-    note: Any = config.format  # read at export; neither a tensor nor a module
-    net.tersor_precision = note
+    note_precision(net, config.format)
     context.record(format=config.format)
     return net

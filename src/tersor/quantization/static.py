@@ -89,8 +89,6 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         captured.set_submodule(name, _integer(captured, name, rounded, config))
     insert(captured, rounded)
     annotate(captured, context.inputs)
-    if hasattr(net, "tersor_precision"):
-        captured.tersor_precision = net.tersor_precision
     context.record(
         layers=len(chosen),
         left_in_float=left,

@@ -21,8 +21,9 @@ class WeightOnly:
     bits: Literal[8, 4] = 8
     """Bits of a weight. Convolutions are left in float at 4."""
     group_size: int | None = None
-    """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 at 4
-    bits where it divides the row, else -1. ONNX Runtime multiplies by packed weights only for powers of two from 16 on."""
+    """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 at 4 bits where
+    it divides the row, else -1. ONNX Runtime multiplies by packed weights only for powers of two
+    from 16 on."""
     symmetric: bool = True
     """Codes around 0; else each group has a zero of its own."""
     layers: Layers = Layers()
@@ -73,8 +74,6 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
             captured.set_submodule(name, _rounded(layer, config))
         except ValueError as error:
             raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
-    if hasattr(net, "tersor_precision"):
-        captured.tersor_precision = net.tersor_precision
     sizes = {n: m.group_size for n, m in captured.named_modules() if isinstance(m, GroupedLinear)}
     context.record(layers=len(chosen), left_in_float=left, bits=config.bits, group_sizes=sizes)
     return captured
@@ -88,8 +87,8 @@ def _check_size(name: str, columns: int, config: WeightOnly) -> None:
     nearest = min(divisors, key=lambda d: abs(d - wanted), default=None)
     use = f"group_size {nearest} or -1" if nearest else "group_size -1"
     raise RecipeError(
-        f"weight_only: layer {name!r} has {columns} columns, not a multiple of group_size {wanted}; "
-        f'use {use}, or leave it out: layers: ["!{name}"]'
+        f"weight_only: layer {name!r} has {columns} columns, not a multiple of group_size "
+        f'{wanted}; use {use}, or leave it out: layers: ["!{name}"]'
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import ModelError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.runtime import Runner, Runtime, Target
 
@@ -22,17 +22,14 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
 
 def load(path: Path, target: Target) -> Runner:
     """Read the program after our own check of the file."""
-    import torch
-
     from tersor.ops import pt2, torch_runner
 
-    pt2.check(path)
     try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise TargetError(f"torch.export cannot load {path.name}: {error}") from error
+        program = pt2.read(path)
+    except ModelError as error:
+        raise TargetError(str(error)) from error
     spec = program.call_spec.in_spec
-    names = list(spec.children_specs[1].context) if spec is not None else []
+    names = list(spec.child(1).context) if spec is not None else []
     return torch_runner.TorchRunner(program.module(), names, target)
 
 

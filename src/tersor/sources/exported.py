@@ -1,7 +1,5 @@
 """A program that torch.export.save wrote: a .pt2 file."""
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch.utils import _pytree
 
 from tersor.core.errors import ModelError
 from tersor.core.model import Inputs, Model, Source
-from tersor.sources import _archive
+from tersor.ops import pt2
 from tersor.sources._weights import check_finite
 
 
@@ -33,10 +31,7 @@ def load(place: str, *, weights: Path | None = None, partial: bool = False) -> M
         raise ModelError(f"exported program {place!r} holds its own weights; leave --weights out")
     if not file.is_file():
         raise ModelError(f"exported program {place!r} does not exist")
-    with file.open("rb") as stream:
-        _archive.check(file, stream)
-        stream.seek(0)
-        program = _read(stream, place)
+    program = pt2.read(file)
     check_finite(
         (
             (n, t)
@@ -47,24 +42,6 @@ def load(place: str, *, weights: Path | None = None, partial: bool = False) -> M
     )
     inputs = _inputs(program, place)
     return Model(net=program, form="exported", origin=f"exported:{place}", inputs=inputs)
-
-
-def _read(stream: Any, place: str) -> ExportedProgram:
-    log = logging.getLogger("torch.export")
-    level = log.level
-    try:
-        log.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.load(stream)
-    except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ModelError(
-            f"exported program {place!r} cannot be read by torch {torch.__version__}: "
-            f"{type(error).__name__}: {lines[-1].strip()[:200] if lines else ''}"
-        ) from error
-    finally:
-        log.setLevel(level)
 
 
 def _inputs(program: ExportedProgram, place: str) -> Inputs:

@@ -7,8 +7,10 @@ pastes its names into generated source. Whatever could reach one of these is ref
 
 import io
 import json
+import logging
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +20,7 @@ import torch
 
 from tersor.core.errors import ModelError
 from tersor.core.sniffing import foreign, zip_problem
-from tersor.sources._expressions import unsafe_guard, unsafe_size
+from tersor.ops.expressions import unsafe_guard, unsafe_size
 
 _MODEL = "models/model.json"
 _WEIGHTS = ("data/weights/", "data/weights/model_weights_config.json", "weight_")
@@ -35,6 +37,34 @@ _SYMBOLIC = re.compile(
     r"|math\.(ceil|floor|trunc|sqrt|log2)|torch\.(sym_(int|float|max|min|not|ite|sum)|_sym_sqrt)"
 )
 _TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+
+
+def read(file: Path) -> torch.export.ExportedProgram:
+    """Read an exported program after checking that reading it runs no code.
+
+    Raises:
+        ModelError: damaged, unsafe, or of a version that this torch does not read.
+    """
+    log = logging.getLogger("torch.export")
+    level = log.level
+    try:
+        log.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with file.open("rb") as stream:
+                check(file, stream)
+                stream.seek(0)
+                return torch.export.load(stream)
+    except ModelError:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ModelError(
+            f"exported program {str(file)!r} cannot be read by torch {torch.__version__}: "
+            f"{type(error).__name__}: {lines[-1].strip()[:200] if lines else ''}"
+        ) from error
+    finally:
+        log.setLevel(level)
 
 
 def check(file: Path, stream: IO[bytes]) -> None:
