@@ -31,6 +31,20 @@ class Add(nn.Module):
         return x + torch.tanh(self.layer(x))
 
 
+class Wide(nn.Module):
+    """Residual block that does nothing, with many parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 256)
+        self.down = nn.Linear(256, 64)
+        self.down.weight.data.zero_()
+        self.down.bias.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
 class Chain(nn.Module):
     def __init__(self, *strengths: float) -> None:
         super().__init__()
@@ -120,6 +134,19 @@ def test_measured_on_the_target(tiny_context: Make) -> None:
     assert 0 < context.facts["latency_share"] <= 0.9
     assert {"block1", "block3"} & set(gone(found))
     assert found(networks.digits()[0][:2]).shape == (2, 10)
+
+
+def test_parameters_are_saved_too(tiny_context: Make) -> None:
+    """Of blocks that do as little, the larger ones go first, until enough parameters are gone."""
+    net = chain(0.0, 0.0, 0.0, 1.0)
+    wide = Wide()
+    net.blocks.insert(2, wide)
+    total = sum(p.numel() for p in net.parameters())
+    context = tiny_context(copy.deepcopy(net), latency=lambda nets: [1.0, 0.9][: len(nets)])
+    share = 1 - 0.9 * sum(p.numel() for p in wide.parameters()) / total
+    cut = drop_layers(copy.deepcopy(net), DropLayers(latency=0.95, parameters=share), context)
+    assert context.facts["removed"][0]["block"] == "blocks.2"
+    assert sum(p.numel() for p in cut.parameters()) <= share * total
 
 
 def test_no_block_changes_nothing(tiny_context: Make) -> None:

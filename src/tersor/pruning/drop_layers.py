@@ -19,6 +19,8 @@ from tersor.ops.precision import channels_last, gains_from_bf16
 from tersor.ops.recalibrate import batch_statistics, recalibrate
 
 _DEFAULT_LATENCY = 0.7
+_NO_HARM = 0.01
+"""Divergence, in nats, that is as good as none: below it, savings decide."""
 _RESCORED = 4
 """Blocks scored again at most in each round."""
 
@@ -29,6 +31,8 @@ class DropLayers:
 
     latency: float | None = None
     """Stop when the measured latency is at most this share of what it was, in (0, 1)."""
+    parameters: float | None = None
+    """With `latency`: go on until at most this share of the parameters is left, in (0, 1)."""
     blocks: int | None = None
     """Stop after this many blocks."""
     samples: int = 256
@@ -39,6 +43,10 @@ class DropLayers:
     def __post_init__(self) -> None:
         if self.latency is not None and self.blocks is not None:
             raise ValueError("give latency or blocks, not both")
+        if self.parameters is not None and self.blocks is not None:
+            raise ValueError("give parameters or blocks, not both")
+        if self.parameters is not None and not 0 < self.parameters < 1:
+            raise ValueError(f"parameters must be in (0, 1), got {self.parameters}")
         if self.latency is not None and not 0 < self.latency < 1:
             raise ValueError(f"latency must be in (0, 1), got {self.latency}")
         if self.blocks is not None and self.blocks < 0:
@@ -51,8 +59,14 @@ class DropLayers:
         if self.blocks is not None:
             fewer = self.blocks * 7 // 10
             return replace(self, blocks=fewer) if fewer else None
-        latency = round(1 - 0.7 * (1 - (self.latency or _DEFAULT_LATENCY)), 3)
-        return replace(self, latency=latency) if latency < 0.9 else None
+        latency = _milder(self.latency or _DEFAULT_LATENCY)
+        parameters = None if self.parameters is None else _milder(self.parameters)
+        return replace(self, latency=latency, parameters=parameters) if latency < 0.9 else None
+
+
+def _milder(share: float) -> float:
+    """Return a share that removes 30 % less."""
+    return round(1 - 0.7 * (1 - share), 3)
 
 
 @technique(needs=("calibration", "reference"))
@@ -64,8 +78,10 @@ def drop_layers(net: nn.Module, config: DropLayers, context: Context) -> nn.Modu
     norms on each batch's own statistics: what a cut does to means and variances is easily undone,
     and is undone at the end by estimating them anew. Scores of earlier rounds are lower bounds as a
     rule, since blocks stand in for one another; so each round re-scores from the lowest one on,
-    until one stays the lowest, four at most. The number of blocks is the smallest for which the
-    measured latency is reached. Removed blocks become nn.Identity, and all dotted names stay.
+    until one stays the lowest, four at most. The number of blocks is
+    the smallest for which the measured latency is reached, and the share of parameters where one
+    is asked for; then blocks go in the order of harm for what they save of both, as in greedy
+    covering. Removed blocks become nn.Identity, and all dotted names stay.
 
     Raises:
         DataError: no calibration data.
@@ -134,14 +150,15 @@ def _until_fast(
     """
     wanted = _DEFAULT_LATENCY if config.latency is None else config.latency
     order: list[tuple[Block, float]] = []
-    source = _greedy(net, blocks, config, context)
     shares = {0: 1.0, len(blocks): _share(net, blocks, context)}
+    saving = _Saving(net, blocks, config, (1 - shares[len(blocks)]) / len(blocks))
     if shares[len(blocks)] > wanted:
         raise StepError(
             f"latency {wanted} of the original's cannot be reached: without all {len(blocks)} "
             f"blocks that "
             f"can go it is still {shares[len(blocks)]:.2f}"
         )
+    source = _greedy(net, blocks, config, context, saving)
     slow, fast = 0, len(blocks)
     while fast - slow > 1:
         steepness = (shares[slow] - shares[fast]) / (fast - slow)
@@ -154,11 +171,45 @@ def _until_fast(
         else:
             slow = middle
     order += itertools.islice(source, fast - len(order)) if fast > len(order) else ()
+    while not saving.enough([b for b, _ in order[:fast]]):
+        fast += 1
+        order += itertools.islice(source, fast - len(order)) if fast > len(order) else ()
+    if fast not in shares:
+        shares[fast] = _share(net, [b for b, _ in order[:fast]], context)
     context.record(
         latency_share=shares[fast],
         latency_shares={str(count): share for count, share in sorted(shares.items())},
     )
     return order, fast
+
+
+class _Saving:
+    """What a block's removal saves of what is still to be saved."""
+
+    def __init__(
+        self, net: nn.Module, blocks: Sequence[Block], config: DropLayers, latency_each: float
+    ) -> None:
+        self.total = sum(p.numel() for p in net.parameters())
+        self.counts = {
+            b.name: sum(p.numel() for p in net.get_submodule(b.name).parameters()) for b in blocks
+        }
+        self.latency = latency_each / (1 - (config.latency or _DEFAULT_LATENCY))
+        self.wanted = 0.0 if config.parameters is None else (1 - config.parameters) * self.total
+        if self.wanted > sum(self.counts.values()):
+            raise StepError(
+                f"parameters {config.parameters} of the original's cannot be reached: the "
+                f"{len(blocks)} blocks that can go hold "
+                f"{sum(self.counts.values()) / self.total:.2f} of them"
+            )
+
+    def of(self, name: str, gone: Sequence[Block]) -> float:
+        """Return the saving of one block: 1 is all that is asked for."""
+        left = self.wanted - sum(self.counts[b.name] for b in gone)
+        return self.latency + (self.counts[name] / self.wanted if left > 0 else 0.0)
+
+    def enough(self, gone: Sequence[Block]) -> bool:
+        """Tell whether the parameters asked for are saved."""
+        return sum(self.counts[b.name] for b in gone) >= self.wanted
 
 
 def _share(net: nn.Module, gone: Sequence[Block], context: Context) -> float:
@@ -176,7 +227,11 @@ def _shallow(net: nn.Module) -> nn.Module:
 
 
 def _greedy(
-    net: nn.Module, blocks: Sequence[Block], config: DropLayers, context: Context
+    net: nn.Module,
+    blocks: Sequence[Block],
+    config: DropLayers,
+    context: Context,
+    saving: _Saving | None = None,
 ) -> Iterator[tuple[Block, float]]:
     """Yield blocks in the order of removal, each with the rise of the divergence it causes."""
     distance = _distance(config, context)
@@ -187,10 +242,16 @@ def _greedy(
         with bypassed(net, [block]):
             scores[block.name] = distance(net) - base
     left = {block.name: block for block in blocks}
+
+    def price(name: str) -> float:
+        if saving is None or not saving.wanted:
+            return scores[name]
+        return (max(scores[name], 0.0) + _NO_HARM) / saving.of(name, gone)
+
     while left:
         fresh: set[str] = set()
         while True:
-            name = min(left, key=lambda n: scores[n])
+            name = min(left, key=price)
             if name in fresh or not gone or len(fresh) == _RESCORED:
                 break
             with bypassed(net, [*gone, left[name]]):
