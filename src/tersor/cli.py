@@ -15,7 +15,7 @@ def _example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="tersor",
     help="Make a trained neural network smaller and faster for a named target, inside your limits, "
     "with a measured verdict on every step.",

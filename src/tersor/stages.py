@@ -296,7 +296,7 @@ class Run:
         if "accuracy" in self.names and first.labels is not None:
             value = first.measurements["accuracy"].value
             _, (low, high) = benchmark.paired_accuracy(first.outputs, last.outputs, first.labels)
-            intervals["accuracy"] = (value + low, value + high)
+            intervals["accuracy"] = (max(value + low, 0.0), min(value + high, 100.0))
             ratios = [_paired(r, value, low, high) if r.metric == "accuracy" else r for r in ratios]
         if "latency" in self.names:
             c = benchmark.contest(

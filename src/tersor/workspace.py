@@ -26,7 +26,6 @@ from tersor.core import files
 from tersor.core.context import Batch, Data
 from tersor.core.errors import ArtifactError
 from tersor.core.recipe import Recipe
-from tersor.core.runtime import Arrays
 from tersor.core.schema import to_plain
 
 CHECKPOINTS = "checkpoints"
@@ -176,7 +175,7 @@ def _of_net(net: Any) -> str:
     return digest.hexdigest()
 
 
-def _of_batches(batches: Iterable[Batch | Arrays]) -> str:
+def _of_batches(batches: Iterable[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.items()):

@@ -192,6 +192,8 @@ def _stage(raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Stage:
 
 
 def _step(raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Any:
+    name: Any
+    fields: Any
     if isinstance(raw, str):
         name, fields = raw, {}
     elif isinstance(raw, Mapping) and len(raw) == 1:

@@ -16,6 +16,12 @@ WEIGHTS = Path(__file__).with_name("weights.safetensors")
 class Block(nn.Module):
     """Two 3x3 convolutions with batch norm, and a 1x1 shortcut where the shape changes."""
 
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    conv2: nn.Conv2d
+    bn2: nn.BatchNorm2d
+    shortcut: nn.Module
+
     def __init__(self, inputs: int, planes: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, planes, 3, stride, 1, bias=False)
@@ -34,6 +40,12 @@ class Block(nn.Module):
 
 class DigitNet(nn.Module):
     """Grey 8x8 images in [0, 1] to ten classes; two stages of residual blocks."""
+
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    stage1: nn.Sequential
+    stage2: nn.Sequential
+    fc: nn.Linear
 
     def __init__(self, width: int = 24, blocks: int = 3) -> None:
         super().__init__()

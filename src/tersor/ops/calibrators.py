@@ -25,6 +25,12 @@ class Histogram:
         bins: An even number; 0 keeps the ends alone, which is all that `min_max` reads.
     """
 
+    counts: np.ndarray
+    low: float
+    width: float
+    least: float
+    most: float
+
     def __init__(self, bins: int = 2048) -> None:
         assert bins % 2 == 0
         self.counts = np.zeros(bins)

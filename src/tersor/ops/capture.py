@@ -136,7 +136,7 @@ class _Proxy(fx.Proxy):
         return bool(_concrete(self, "a condition"))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self.value))])
+        return iter([operator.getitem(self, i) for i in range(len(self.value))])  # type: ignore[call-overload]  # a proxy records it
 
     def __len__(self) -> int:
         return len(self.value)
@@ -227,7 +227,7 @@ class _Tracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
     ) -> Any:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         self.running = True
         try:
             proxy.value = self._run(kind, target, args, kwargs)

@@ -283,7 +283,7 @@ def _build_graph(plain: list[dict[str, Any]]) -> fx.Graph:
         ):
             raise ArtifactError(f"unknown kind of call {op!r}")
         target = _find(entry["target"]) if op == "call_function" else entry["target"]
-        if op == "call_method" and not hasattr(Tensor, target):
+        if op == "call_method" and not hasattr(Tensor, str(target)):
             raise ArtifactError(f"{target!r} is not a method of a tensor")
         args = _read(entry["args"], nodes)
         if target is getattr and args[1:] not in {(name,) for name in _ATTRIBUTES}:

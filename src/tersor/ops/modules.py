@@ -32,6 +32,11 @@ class Quantize(nn.Module):
         high: Highest code.
     """
 
+    scale: float
+    zero: int
+    low: int
+    high: int
+
     def __init__(self, scale: float, zero: int, low: int = 0, high: int = 255) -> None:
         super().__init__()
         self.scale, self.zero, self.low, self.high = scale, zero, low, high
@@ -59,6 +64,13 @@ class QuantConv1d(nn.Module):
     scale: Tensor
     zero: Tensor
     bias: nn.Parameter | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: _Sizes
+    padding: _Sizes | str
+    dilation: _Sizes
+    groups: int
 
     def __init__(
         self,
@@ -96,6 +108,13 @@ class QuantConv2d(nn.Module):
     scale: Tensor
     zero: Tensor
     bias: nn.Parameter | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: _Sizes
+    padding: _Sizes | str
+    dilation: _Sizes
+    groups: int
 
     def __init__(
         self,
@@ -133,6 +152,13 @@ class QuantConvTranspose2d(nn.Module):
     scale: Tensor
     zero: Tensor
     bias: nn.Parameter | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: _Sizes
+    padding: _Sizes
+    output_padding: _Sizes
+    dilation: _Sizes
 
     def __init__(
         self,
@@ -186,6 +212,8 @@ class QuantLinear(nn.Module):
     scale: Tensor
     zero: Tensor
     bias: nn.Parameter | None
+    in_features: int
+    out_features: int
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -221,6 +249,11 @@ class GroupedLinear(nn.Module):
     scale: Tensor
     zero: Tensor | None
     bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    symmetric: bool
 
     def __init__(
         self,

@@ -14,6 +14,9 @@ from tersor.core.errors import DataError
 class Rows:
     """Chosen samples of a split, in ascending order, in batches of its first batch's size."""
 
+    batches: Iterable[Batch]
+    rows: np.ndarray
+
     def __init__(self, batches: Iterable[Batch], rows: np.ndarray) -> None:
         self.batches, self.rows = batches, np.sort(rows)
 
@@ -44,6 +47,9 @@ class Rows:
 
 class Picked:
     """Chosen batches of a split whose batches hold one sample each."""
+
+    batches: Iterable[Batch]
+    rows: set[int]
 
     def __init__(self, batches: Iterable[Batch], rows: np.ndarray) -> None:
         self.batches, self.rows = batches, set(rows.tolist())

@@ -17,6 +17,12 @@ _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class TorchRunner:
     """Calls a network under inference mode with its own number of threads and its precision."""
 
+    threads: int
+    device: torch.device
+    net: nn.Module
+    names: list[str]
+    autocast: torch.dtype | None
+
     def __init__(self, net: nn.Module, names: Sequence[str], target: Target) -> None:
         self.threads = target.threads or usable_cores()
         self.device = torch.device(target.device)
