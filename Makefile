@@ -40,6 +40,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --verifytypes tersor --ignoreexternal
 	$(BIN)/lint-imports
 
 docs: $(STAMP)

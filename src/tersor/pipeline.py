@@ -4,6 +4,7 @@ A network, a recipe and data go in; every stage is applied, exported, measured o
 judged; an artifact that runs without tersor's training side comes out.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -159,7 +160,7 @@ def compress(
             names=names,
             batch=batch,
             seed=seed,
-            fit=fit or trainer.fit,
+            fit=fit or functools.partial(trainer.fit, display=display),
             work=work,
             display=display,
             warnings=[*model.notes, *warnings],

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tersor.core.errors import ModelError
-from tersor.sources import exported
 from tersor.ops.expressions import unsafe_guard, unsafe_size
+from tersor.sources import exported
 from tests.sources import programs
 
 MODEL = "models/model.json"

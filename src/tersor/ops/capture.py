@@ -69,7 +69,8 @@ def _check_batch(net: nn.Module, captured: fx.GraphModule, inputs: Inputs) -> No
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"forward of {type(net).__name__} turns the batch size into a Python number, so "
-            f"its graph would be frozen to one batch size; use x.shape[0] or x.size(0) as it is ({error})"
+            "its graph would be frozen to one batch size; use x.shape[0] or x.size(0) as it is "
+            f"({error})"
         ) from error
 
 
@@ -136,7 +137,8 @@ class _Proxy(fx.Proxy):
         return bool(_concrete(self, "a condition"))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([operator.getitem(self, i) for i in range(len(self.value))])  # type: ignore[call-overload]  # a proxy records it
+        me: Any = self
+        return iter([me[i] for i in range(len(self.value))])
 
     def __len__(self) -> int:
         return len(self.value)

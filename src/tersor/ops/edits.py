@@ -1,10 +1,10 @@
 """Store a compressed network as data and build it again, without pickle.
 
 A result is stored as `network.json`, which layers it is made of and, where it is a captured
-graph, its calls; and `weights.safetensors`, every tensor. It is replayed on the network that the user names
-again (layers that are as they were come from there), or, for a captured graph whose layers are all
-of the allow-list, built from nothing. A class or a function is looked up in fixed tables here; a
-file can name nothing else.
+graph, its calls; and `weights.safetensors`, every tensor. It is replayed on the network that the
+user names again (layers that are as they were come from there), or, for a captured graph whose
+layers are all of the allow-list, built from nothing. A class or a function is looked up in fixed
+tables here; a file can name nothing else.
 """
 
 import json
