@@ -9,6 +9,7 @@ writes it to a file first, `<!-- exit: 1 -->` says how a shell block ends. A pag
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def runnable() -> list[object]:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", runnable())
-def test_blocks_run(page: Path, tmp_path: Path) -> None:
+def test_blocks_run(page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    made = tmp_path_factory.getbasetemp() / "demo-of-the-docs"
     for block in blocks(page):
         if block.file:
             place = tmp_path / block.file
@@ -91,7 +93,23 @@ def test_blocks_run(page: Path, tmp_path: Path) -> None:
         if block.lang == "python":
             run([sys.executable, "-c", block.body], tmp_path, where, block.exit)
         elif block.lang in SHELLS:
-            run(["bash", "-euo", "pipefail", "-c", block.body], tmp_path, where, block.exit)
+            body = without_demo(block.body, tmp_path, made)
+            run(["bash", "-euo", "pipefail", "-c", body], tmp_path, where, block.exit)
+
+
+DEMO = "tersor demo --out demo\n"
+
+
+def without_demo(body: str, folder: Path, made: Path) -> str:
+    """Make the demo's artifact once a session; later pages that begin with it get a copy."""
+    if not body.startswith(DEMO):
+        return body
+    if not made.exists():
+        run(["bash", "-euo", "pipefail", "-c", DEMO], folder, "the demo", 0)
+        shutil.copytree(folder / "demo", made)
+    elif not (folder / "demo").exists():
+        shutil.copytree(made, folder / "demo")
+    return body.removeprefix(DEMO) or "true"
 
 
 def run(words: list[str], folder: Path, where: str, wanted: int) -> None:

@@ -90,8 +90,9 @@ def contest(
     if found.blocks < MIN_BLOCKS:
         note += f"; only {found.blocks} blocks, of {MIN_BLOCKS} wanted, in the time given"
     how = (
-        f"median ratio of {found.blocks} interleaved blocks in {spent_s:.1f} s (of each turn's runs "
-        f"the lower quartile), 95 % block bootstrap, minimum effect {100 * min_effect:g} %{note}"
+        f"median ratio of {found.blocks} interleaved blocks in {spent_s:.1f} s (of each turn's "
+        "runs the lower quartile), 95 % block bootstrap, minimum effect "
+        f"{100 * min_effect:g} %{note}"
     )
     return replace(found, how=how)
 
