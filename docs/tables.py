@@ -2,8 +2,8 @@
 
     python docs/tables.py [--check]
 
-A table stands between `<!-- results -->` and `<!-- /results -->` (runs of compress) or
-`<!-- startup -->` and `<!-- /startup -->`. No figure in it is typed by hand. `--check` changes
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
+compress), `peers`, `aa` or `startup`. No figure in it is typed by hand. `--check` changes
 nothing and exits with 1 where a page is not up to date.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "README.zh-CN.md", "docs/measuring.md")
+PAGES = ("README.md", "README.zh-CN.md", "docs/measuring.md", "docs/results.md")
 Plain = Mapping[str, Any]
 
 
@@ -40,12 +40,17 @@ def main() -> int:
 
 def rendered(text: str, *, chinese: bool) -> str:
     """Return a page with what stands between its markers written anew."""
-    tables: dict[str, Callable[[bool], str]] = {"results": results, "startup": startup}
-    for marker, table in tables.items():
+    writers: dict[str, Callable[[bool], str]] = {
+        "results": results,
+        "peers": peers,
+        "aa": self_check,
+        "startup": startup,
+    }
+    for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
         if begin in text:
             head, _, rest = text.partition(begin)
-            text = head + begin + table(chinese) + end + rest.partition(end)[2]
+            text = head + begin + write(chinese) + end + rest.partition(end)[2]
     return text
 
 
@@ -65,10 +70,9 @@ def results(chinese: bool) -> str:
         else ["网络", "目标", "体积", "延迟", "速度, 95 % 置信区间", "准确率", "保留的阶段"]
     )
     rows = [row(file, raw) for file, raw in runs]
-    lines = [head, ["---"] * len(head), *rows]
     source = ", ".join(f"`{file.relative_to(ROOT).as_posix()}`" for file, _ in runs)
     note = f"Rendered from {source}." if not chinese else f"由 {source} 生成。"
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
+    return table(head, rows) + f"\n{note}\n"
 
 
 def row(file: Path, raw: Plain) -> list[str]:
@@ -105,17 +109,97 @@ def speed(ratio: Plain | None) -> str:
     )
 
 
+def stored(name: str) -> Any:
+    """Read a result by its name; None where it was not measured yet."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Write a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def peers(chinese: bool) -> str:
+    """Our int8 beside that of others: accuracy, size, and speed against fp32."""
+    del chinese  # on an English page only
+    raw = stored("quantization_peers")
+    if raw is None:
+        return ""
+    head = [
+        "network",
+        "runtime",
+        "int8 by",
+        "accuracy",
+        "points to fp32, 95 %",
+        "size",
+        "batch 1",
+        "batch 8",
+    ]
+    rows = []
+    for r in raw["results"]:
+        change = r["accuracy_minus"]["fp32"]
+        is_fp32 = r["contestant"] == "fp32"
+        rows.append(
+            [
+                r["network"],
+                r["runtime"],
+                "(fp32)" if is_fp32 else r["contestant"],
+                f"{r['accuracy']:.2f} %",
+                "" if is_fp32 else "{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**change),
+                f"{r['size_bytes'] / 1e3:.0f} kB",
+                *(raced(r["latency"][batch], is_fp32) for batch in ("batch 1", "batch 8")),
+            ]
+        )
+    packages = ", ".join(raw["peers"])
+    return table(head, rows) + f"\nPeers: {packages}. `{raw['command']}`\n"
+
+
+def raced(found: Plain, is_fp32: bool) -> str:
+    """Render milliseconds of fp32, and of the others how many times faster they are."""
+    if is_fp32:
+        return f"{found['ms']:.2f} ms"
+    return "{speedup:.2f}x [{low:.2f}, {high:.2f}]".format(**found["times_faster_than"]["fp32"])
+
+
+def self_check(chinese: bool) -> str:
+    """How often the method is wrong: a network against itself, and against itself slowed down."""
+    del chinese
+    raw = stored("aa")
+    if raw is None:
+        return ""
+    head = [
+        "contest",
+        "repetitions",
+        "faster",
+        "no difference",
+        "slower",
+        "largest error of the ratio",
+    ]
+    names = {"same": "against itself", "slowed": "against itself, 5 % slower by design"}
+    rows = []
+    for key, c in raw["checks"].items():
+        none = c["repetitions"] - c["faster"] - c["slower"]
+        counts = [str(n) for n in (c["repetitions"], c["faster"], none, c["slower"])]
+        rows.append([names.get(key, key), *counts, f"{100 * c['worst_error']:.1f} %"])
+    load = raw["load_average"]
+    return table(head, rows) + (
+        f"\n{raw['model']} on {raw['target']}, minimum effect 3 %; without it, "
+        f"{raw['false_alarms_without_minimum_effect']} of the first row would be called different. "
+        f"The machine was busy: load average {load['before']} before, {load['after']} after.\n"
+    )
+
+
 def startup(chinese: bool) -> str:
     """Render what a fresh interpreter takes, beside a bare one."""
-    file = RESULTS / "startup.json"
-    if not file.exists():
+    raw = stored("startup")
+    if raw is None:
         return ""
-    raw = json.loads(file.read_text(encoding="utf-8"))
     head = ["command", "median", "ratio to `python -c pass`"]
     if chinese:
         head = ["命令", "中位数", "与 `python -c pass` 之比"]
-    lines = [head, ["---"] * 3]
-    lines += [
+    rows = [
         [
             f"`{r['name']}`",
             f"{r['median_s']:.3f} s",
@@ -123,7 +207,7 @@ def startup(chinese: bool) -> str:
         ]
         for r in raw["results"]
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(head, rows)
 
 
 if __name__ == "__main__":

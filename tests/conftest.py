@@ -2,6 +2,11 @@
 
 import importlib.util
 import os
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: runs repeat to the bit, in children too
+
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -226,9 +226,9 @@ def test_load_and_load_data(tmp_path):
 
 def test_fingerprint_is_of_every_field():
     net, data = networks.tiny_cnn(), networks.data()
-    base = workspace.fingerprint(net, data, recipe("fuse_batch_norm"), 0, 1)
+    base = workspace.fingerprint(net, data, recipe("fuse_batch_norm"), 0, 1, 1)
     assert json.loads(json.dumps(base)) == base
-    other = workspace.fingerprint(net, data, recipe("fuse_batch_norm"), 0, 8)
+    other = workspace.fingerprint(net, data, recipe("fuse_batch_norm"), 0, 8, 1)
     assert [k for k in base if base[k] != other[k]] == ["batch"]
     changed = Data(
         calibration=data.calibration,
@@ -236,5 +236,5 @@ def test_fingerprint_is_of_every_field():
         validation=data.validation,
         test=data.calibration,
     )
-    other = workspace.fingerprint(net, changed, recipe("fuse_batch_norm"), 0, 1)
+    other = workspace.fingerprint(net, changed, recipe("fuse_batch_norm"), 0, 1, 1)
     assert [k for k in base if base[k] != other[k]] == ["test"]

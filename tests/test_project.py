@@ -1,6 +1,7 @@
 """The project around the code: pins, extras, files that ship, and what must not be in the tree."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -259,3 +260,14 @@ def test_the_wheel_holds_what_the_package_reads(tmp_path: Path) -> None:
         if f.is_file() and "__pycache__" not in f.parts
     }
     assert written == held
+
+
+@pytest.mark.slow
+def test_startup_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
+    out = tmp_path / "startup.json"
+    words = ["benchmarks/startup.py", "--rounds", "2", "--out", str(out)]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+    made = json.loads(out.read_text(encoding="utf-8"))
+    assert {row["name"] for row in made["results"]} == set(made["samples_s"])
+    assert all(len(samples) == 2 for samples in made["samples_s"].values())
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in made["results"])

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.core.errors import DataError, StepError
-from tersor.trainer import fit
+from tersor.core.hardware import usable_cores
+from tersor.trainer import choose_threads, fit
 from tests import networks
 
 
@@ -309,3 +310,15 @@ def test_progress() -> None:
 
     fit(plain(), loss, batches=Shuffled(), epochs=1, display=display, threads=1)
     assert seen == [("training", 5)]
+
+
+def test_threads_are_measured_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = networks.tiny_cnn()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert choose_threads(net, networks.split(0, 64)) == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cores = usable_cores()
+    assert choose_threads(net, networks.split(0, 64)) in {1, max(1, cores // 2), cores}
+    assert not net.training
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())

@@ -150,7 +150,10 @@ def compress(
     artifact.check_out(out)
     work = out.with_name(out.name + ".work")
     with artifact.lock(out):
-        mark = workspace.fingerprint(model.net, data, resolved, seed, batch)
+        training = workspace.training_threads(work) if resume else None
+        if training is None and model.form == "module" and data.train is not None:
+            training = trainer.choose_threads(model.net, data.train)
+        mark = workspace.fingerprint(model.net, data, resolved, seed, batch, training or 1)
         workspace.open_folder(work, mark, resume)
         run = Run(
             recipe=resolved,
@@ -160,7 +163,7 @@ def compress(
             names=names,
             batch=batch,
             seed=seed,
-            fit=fit or functools.partial(trainer.fit, display=display),
+            fit=fit or functools.partial(trainer.fit, threads=training or 1, display=display),
             work=work,
             display=display,
             warnings=[*model.notes, *warnings],

@@ -1,5 +1,6 @@
 """The default trainer: a schedule, mixed precision where it pays, checkpoints to resume from."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from tersor.core.context import Batch, Loss, Track, silent
 from tersor.core.errors import DataError, StepError
 from tersor.core.hardware import usable_cores
+from tersor.ops.losses import call, first_output
 from tersor.ops.precision import channels_last, gains_from_bf16
 
 _log = logging.getLogger("tersor")
@@ -30,6 +32,7 @@ _DEFAULTS: dict[str, dict[str, float]] = {
 }
 """Settings that recover trained networks; `decay` acts on matrices and kernels only."""
 _WARM_UP = 0.05
+_PROBES = 3
 """Share of the steps in which the learning rate rises."""
 
 
@@ -111,6 +114,43 @@ def fit(
             net.eval()
             made.zero_grad(set_to_none=True)
     return net
+
+
+def choose_threads(net: nn.Module, batches: Iterable[Batch]) -> int:
+    """Measure with how many threads a step of this network is fastest here.
+
+    Cores that are halves of one, or shared with others, often make two threads slower than one.
+
+    Args:
+        net: The network to be trained; a copy is timed.
+        batches: The first one is used.
+
+    Returns:
+        One of 1, half and all of the usable cores; what OMP_NUM_THREADS says, where it is set.
+    """
+    cores = _usable_cores()
+    if cores == 1 or os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return cores
+    batch = next(iter(batches))
+    copied = copy.deepcopy(net)
+    low = gains_from_bf16(copied)
+    seconds: dict[int, float] = {}
+    with torch.random.fork_rng(devices=[]), channels_last(copied, low):
+        copied.train()
+        for threads in sorted({1, max(1, cores // 2), cores}):
+            with _threads(threads):
+                times = [_seconds_a_step(copied, batch, low) for _ in range(_PROBES)]
+            seconds[threads] = min(times[1:])
+    return min(seconds, key=lambda threads: seconds[threads])
+
+
+def _seconds_a_step(net: nn.Module, batch: Batch, low: bool) -> float:
+    started = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        value = first_output(call(net, batch)).float().square().mean()
+    torch.autograd.backward(value)
+    net.zero_grad(set_to_none=True)
+    return time.perf_counter() - started
 
 
 def _step(

@@ -33,10 +33,13 @@ CHECKPOINTS = "checkpoints"
 _PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino")
 
 
-def fingerprint(net: Any, data: Data, recipe: Recipe, seed: int, batch: int) -> dict[str, str]:
+def fingerprint(
+    net: Any, data: Data, recipe: Recipe, seed: int, batch: int, training: int
+) -> dict[str, str]:
     """Hash everything that decides a run's result, field by field.
 
-    Of `train` only the first four batches are read; all other splits whole.
+    Of `train` only the first four batches are read; all other splits whole. `training` is the
+    number of threads that the trainer uses.
     """
     made = {
         "model": _of_net(net),
@@ -44,7 +47,7 @@ def fingerprint(net: Any, data: Data, recipe: Recipe, seed: int, batch: int) -> 
         "target": str(recipe.target),
         "seed": str(seed),
         "batch": str(batch),
-        "training threads": str(torch.get_num_threads()),
+        "training threads": str(training),
         "version": tersor.__version__,
     }
     for name in ("calibration", "train", "validation", "test"):
@@ -58,6 +61,16 @@ def fingerprint(net: Any, data: Data, recipe: Recipe, seed: int, batch: int) -> 
         except PackageNotFoundError:
             made[package] = "absent"
     return made
+
+
+def training_threads(work: Path) -> int | None:
+    """Return the number of training threads that the run in a work folder was started with."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    try:
+        found = json.loads((work / "fingerprint.json").read_text(encoding="utf-8"))
+        return int(asked) if asked.isdigit() else int(found["training threads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def open_folder(work: Path, wanted: Mapping[str, str], resume: bool) -> None:
