@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from tersor.core.errors import ModelError
 from tersor.core.model import Inputs, may_lower
 from tersor.core.runtime import Form
+from tersor.ops.capture import capture
 
 OPSET = 21
 """The first with 4-bit and block-wise DequantizeLinear."""
@@ -55,10 +56,25 @@ def lower(net: Any, to: Form, inputs: Inputs) -> Any:
     if not may_lower(form, to):
         raise ModelError(f"a network of form {form!r} cannot become {to!r} again")
     if form == "module" and to != "module":
-        net, form = _export(net, inputs), "exported"
+        net, form = _exported(net, inputs), "exported"
     if form == "exported" and to == "onnx":
         net = _to_onnx(net)
     return net
+
+
+def _exported(net: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Export, by way of the captured graph where torch.export alone cannot.
+
+    `len(x)` of a batch, for instance, freezes the batch for torch.export and not for `capture`.
+    """
+    try:
+        return _export(net, inputs)
+    except ModelError as error:
+        try:
+            captured = capture(net, inputs)
+        except ModelError:
+            raise error from None
+        return _export(captured, inputs)
 
 
 def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
