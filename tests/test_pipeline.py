@@ -86,6 +86,15 @@ def test_stopped_after_a_stage_and_resumed(tmp_path):
     assert [s.name for s in resumed.report.stages] == ["fuse_batch_norm", "finetune"]
 
 
+def test_resuming_a_run_that_ended_returns_its_artifact(tmp_path):
+    made = run(tmp_path, "fuse_batch_norm")
+    inode = (tmp_path / "out").stat().st_ino
+    assert run(tmp_path, "fuse_batch_norm", resume=True).report == made.report
+    assert (tmp_path / "out").stat().st_ino == inode
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "fuse_batch_norm", resume=True, seed=1, should_stop=lambda: True)
+
+
 def test_resuming_something_else_names_the_field(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "fuse_batch_norm", should_stop=lambda: True)

@@ -154,6 +154,10 @@ def compress(
         if training is None and model.form == "module" and data.train is not None:
             training = trainer.choose_threads(model.net, data.train)
         mark = workspace.fingerprint(model.net, data, resolved, seed, batch, training or 1)
+        if resume and (whole := workspace.written(out, mark)) is not None:
+            if work.exists():
+                workspace.remove(work)
+            return whole
         workspace.open_folder(work, mark, resume)
         run = Run(
             recipe=resolved,

@@ -23,6 +23,7 @@ from torch import nn
 
 import tersor
 from tersor.core import files
+from tersor.core.artifact import Artifact
 from tersor.core.context import Batch, Data
 from tersor.core.errors import ArtifactError
 from tersor.core.recipe import Recipe
@@ -30,6 +31,7 @@ from tersor.core.schema import to_plain
 
 CHECKPOINTS = "checkpoints"
 """Folder of a stage under way that outlives an interruption."""
+MARK = "fingerprint.json"
 _PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino")
 
 
@@ -67,7 +69,7 @@ def training_threads(work: Path) -> int | None:
     """Return the number of training threads that the run in a work folder was started with."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     try:
-        found = json.loads((work / "fingerprint.json").read_text(encoding="utf-8"))
+        found = json.loads((work / MARK).read_text(encoding="utf-8"))
         return int(asked) if asked.isdigit() else int(found["training threads"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -79,7 +81,7 @@ def open_folder(work: Path, wanted: Mapping[str, str], resume: bool) -> None:
     Raises:
         ArtifactError: the folder was begun with something else; names the differing fields.
     """
-    mark = work / "fingerprint.json"
+    mark = work / MARK
     if resume and mark.exists():
         try:
             found = json.loads(mark.read_text(encoding="utf-8"))
@@ -166,8 +168,22 @@ def clear(folder: Path, keep: Path | None = None, under: str = "") -> None:
 
 
 def remove(work: Path) -> None:
-    """Remove the work folder of a run that ended."""
+    """Remove the work folder of a run that ended.
+
+    The fingerprint goes first: what is left by a kill in the middle is never resumed from.
+    """
+    if (work / MARK).exists():
+        files.unlink(work / MARK)
     files.remove_tree(work)
+
+
+def written(out: Path, wanted: Mapping[str, str]) -> Artifact | None:
+    """Return the artifact at `out` if it is the whole result of this very run."""
+    try:
+        found = Artifact.open(out, check="hashes")
+    except ArtifactError:
+        return None
+    return found if found.manifest.get("fingerprint") == dict(wanted) else None
 
 
 def _of_net(net: Any) -> str:
