@@ -29,9 +29,8 @@ def main(out: Path) -> None:
         print(runtime, [f"{stage.name}: {stage.verdict}" for stage in report.stages])
     first, second = (out / runtime for runtime in RUNTIMES)
     found = tersor.compare(first, second, data=data)
-    print(
-        f"{RUNTIMES[1]} is {found.speedup:.2f}x [{found.low:.2f}, {found.high:.2f}]: {found.verdict}"
-    )
+    interval = f"[{found.low:.2f}, {found.high:.2f}]"
+    print(f"{RUNTIMES[1]} is {found.speedup:.2f}x {interval}: {found.verdict}")
 
 
 if __name__ == "__main__":
