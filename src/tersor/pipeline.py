@@ -155,6 +155,7 @@ def compress(
             training = trainer.choose_threads(model.net, data.train)
         mark = workspace.fingerprint(model.net, data, resolved, seed, batch, training or 1)
         if resume and (whole := workspace.written(out, mark)) is not None:
+            artifact.clear_left(out)
             if work.exists():
                 workspace.remove(work)
             return whole

@@ -208,7 +208,7 @@ def write_artifact(
         out.parent.mkdir(parents=True, exist_ok=True)
         with lock(out, wait_s=_WAIT_S):
             check_out(out)
-            _clear(out)
+            clear_left(out)
             copied = {**{f.name: f for f in files}, **inner}
             _write_beside(out, copied, written, plain)
     except OSError as error:
@@ -300,7 +300,7 @@ def _discard(path: Path) -> None:
             _log.warning("%s could not be removed: %s", path, error)
 
 
-def _clear(out: Path) -> None:
+def clear_left(out: Path) -> None:
     """Under the lock: put back an artifact that was moved aside, remove what dead writers left."""
     for old in disk.left_beside(out, "old"):
         if not out.exists() and (old / MANIFEST).exists():
@@ -324,7 +324,7 @@ def _recover(folder: Path) -> None:
         folder = folder.resolve()
         if disk.left_beside(folder, "old"):
             with lock(folder, wait_s=_WAIT_S):
-                _clear(folder)
+                clear_left(folder)
 
 
 def _read_report(folder: Path) -> Report:
