@@ -1,6 +1,8 @@
 """A short compress job for the tests that kill it; forked from a process that has torch loaded."""
 
+import faulthandler
 import os
+import signal
 import sys
 import time
 import traceback
@@ -66,6 +68,7 @@ def fork(work: Callable[[], None]) -> int:
     if pid:
         return pid
     try:
+        faulthandler.enable()
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         work()
@@ -76,7 +79,7 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def wait(pid: int, seconds: float = 60.0) -> int:
+def wait(pid: int, seconds: float = 120.0) -> int:
     """Wait for a child; return its exit code, negative for a signal."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -84,6 +87,6 @@ def wait(pid: int, seconds: float = 60.0) -> int:
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
-    os.kill(pid, 9)
+    os.kill(pid, signal.SIGABRT)  # faulthandler prints where it was
     os.waitpid(pid, 0)
     raise TimeoutError(f"the child did not end in {seconds} s")
