@@ -65,9 +65,9 @@ def results(chinese: bool) -> str:
     if not runs:
         return ""
     head = (
-        ["network", "target", "size", "latency", "speed, 95 % interval", "accuracy", "stages kept"]
+        ["network", "target", "size", "speed, 95 % interval", "accuracy", "stages kept"]
         if not chinese
-        else ["网络", "目标", "体积", "延迟", "速度, 95 % 置信区间", "准确率", "保留的阶段"]
+        else ["网络", "目标", "体积", "速度, 95 % 置信区间", "准确率", "保留的阶段"]
     )
     rows = [row(file, raw) for file, raw in runs]
     source = ", ".join(f"`{file.relative_to(ROOT).as_posix()}`" for file, _ in runs)
@@ -88,7 +88,6 @@ def row(file: Path, raw: Plain) -> list[str]:
         file.stem.partition("-")[0],
         f"{raw['target']}, batch {batch}, threads {threads or 'all'}",
         change(before, after, "size", lambda v: f"{v / 1e3:.0f} kB"),
-        change(before, after, "latency", lambda v: f"{v:.3f} ms"),
         speed(ratios.get("latency")),
         change(before, after, "accuracy", lambda v: f"{v:.2f} %"),
         ", ".join([*kept, *dropped]),
