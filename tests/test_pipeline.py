@@ -186,6 +186,41 @@ def test_a_technique_that_fails_is_named(tmp_path):
         run(tmp_path, {"static": {"layers": ["nothing_like_this"]}})
 
 
+class Plain(nn.Module):
+    """No residual block."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean(dim=(2, 3)))
+
+
+def test_a_step_that_does_not_fit_is_dropped_where_there_is_a_goal(tmp_path):
+    goal = {"best": "size", "limits": {"fidelity": "-50pt"}}
+    steps = ({"drop_layers": {"blocks": 1}}, "fuse_batch_norm")
+    with pytest.raises(StepError, match="no residual block"):
+        run(tmp_path / "no-goal", *steps, net=Plain())
+    made = run(tmp_path / "goal", *steps, net=Plain(), goal=goal)
+    dropped, kept = made.report.stages
+    assert (dropped.verdict, dropped.attempts, dropped.measurements) == ("dropped", (), ())
+    assert dropped.reason.startswith("cannot be applied: Plain has no residual block")
+    assert kept.verdict == "kept"
+    assert (tmp_path / "goal" / "out" / "report.html").read_text().count("cannot be applied")
+
+
+def test_a_step_that_asks_too_much_is_tried_weaker(tmp_path):
+    goal = {"best": "macs", "limits": {"fidelity": "-100pt"}}
+    asked = {"channels": {"macs": 0.02, "multiple": 4}}
+    made = run(tmp_path, asked, goal=goal, metrics=("macs", "fidelity"))
+    (stage,) = made.report.stages
+    assert stage.verdict == "weakened"
+    assert "would empty layers" in stage.attempts[0]["reason"]
+
+
 def test_unknown_metric(tmp_path):
     with pytest.raises(RecipeError, match="unknown metric 'latancy'\\. Did you mean 'latency'"):
         run(tmp_path, "fuse_batch_norm", metrics=("latancy",))

@@ -15,7 +15,7 @@ from tersor import benchmark, workspace
 from tersor.candidate import Candidate, Scores, arrays_of, export, latencies, reopen, score
 from tersor.core import plugins
 from tersor.core.context import Context, Data, Fit, Track
-from tersor.core.errors import StepError, TersorError
+from tersor.core.errors import StepError, TersorError, UnfitError
 from tersor.core.hardware import environment
 from tersor.core.metric import Measurement
 from tersor.core.model import Inputs
@@ -44,6 +44,32 @@ class State:
     scores: Scores
     folder: Path | None = None
     """The finished stage that it comes from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """One attempt at a stage; without a state it could not be applied."""
+
+    stage: tuple[Any, ...]
+    decision: Decision
+    state: State | None = None
+    speed: Ratio | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        return () if self.state is None else tuple(self.state.scores.measurements.values())
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "settings": [_settings(c) for c in self.stage],
+            "reason": self.decision.reason,
+            "measurements": to_plain(list(self.measurements)),
+        }
+
+    def close(self) -> None:
+        if self.state is not None:
+            self.state.candidate.close()
 
 
 @dataclass(kw_only=True)
@@ -76,42 +102,32 @@ class Run:
             return self._restored(index, found, before)
         started = time.perf_counter()
         name = stage_name(stage)
-        attempts: list[Mapping[str, Any]] = []
+        rejected: list[_Trial] = []
         folder = workspace.begin(self.work, index)
-        for attempt in range(1 + WEAKER_TRIES):
-            after, facts = self._apply(index, attempt, stage, before, folder)
-            decision, measurements, speed = self._judge(before, after)
-            verdict: Verdict = "applied"
-            if self.recipe.goal is not None and decision.keep:
-                verdict = "weakened" if attempt else "kept"
-            elif self.recipe.goal is not None:
-                verdict = "dropped"
-                attempts.append(
-                    {
-                        "settings": [_settings(c) for c in stage],
-                        "reason": decision.reason,
-                        "measurements": to_plain(list(after.scores.measurements.values())),
-                    }
-                )
-                weaker = _weaker(stage) if decision.too_strong else None
-                if weaker is not None and attempt < WEAKER_TRIES:
-                    after.candidate.close()
-                    stage = weaker
-                    continue
-            break
+        trial = self._try(index, 0, stage, before, folder)
+        while (
+            not trial.decision.keep and trial.decision.too_strong and len(rejected) < WEAKER_TRIES
+        ):
+            weaker = _weaker(trial.stage)
+            if weaker is None:
+                break
+            trial.close()
+            rejected.append(trial)
+            trial = self._try(index, len(rejected), weaker, before, folder)
         done = StageReport(
             name=name,
-            verdict=verdict,
-            reason=decision.reason,
-            measurements=measurements,
-            speed=speed,
+            verdict=self._verdict(trial, bool(rejected)),
+            reason=trial.decision.reason,
+            measurements=trial.measurements,
+            speed=trial.speed,
             seconds=time.perf_counter() - started,
-            settings=tuple(_settings(c) for c in stage),
-            facts=facts,
-            attempts=tuple(attempts[:-1] if verdict == "dropped" else attempts),
+            settings=tuple(_settings(c) for c in trial.stage),
+            facts=trial.facts,
+            attempts=tuple(t.plain() for t in rejected),
         )
-        if verdict == "dropped":
-            after.candidate.close()
+        after = trial.state
+        if after is None or not trial.decision.keep:
+            trial.close()
             workspace.clear(folder)
             workspace.finish(self.work, index, {"stage": done})
             return before, done
@@ -161,6 +177,29 @@ class Run:
         import onnx
 
         return onnx.load(folder / "network.onnx")
+
+    def _try(
+        self, index: int, attempt: int, stage: tuple[Any, ...], before: State, folder: Path
+    ) -> "_Trial":
+        """Apply a stage and judge it; with a goal, one that does not fit is judged for that."""
+        try:
+            after, facts = self._apply(index, attempt, stage, before, folder)
+        except UnfitError as error:
+            if self.recipe.goal is None:
+                raise
+            unfit = Decision(
+                keep=False, reason=f"cannot be applied: {error}", too_strong=error.too_strong
+            )
+            return _Trial(stage=stage, decision=unfit)
+        decision, speed = self._judge(before, after)
+        return _Trial(stage=stage, decision=decision, state=after, speed=speed, facts=facts)
+
+    def _verdict(self, trial: "_Trial", weakened: bool) -> Verdict:
+        if self.recipe.goal is None:
+            return "applied"
+        if not trial.decision.keep:
+            return "dropped"
+        return "weakened" if weakened else "kept"
 
     def _apply(
         self, index: int, attempt: int, stage: tuple[Any, ...], before: State, folder: Path
@@ -227,17 +266,10 @@ class Run:
         goal = self.recipe.goal
         return goal is not None and (name == goal.best or name in goal.limits)
 
-    def _judge(
-        self, before: State, after: State
-    ) -> tuple[Decision, tuple[Measurement, ...], Ratio | None]:
-        measured = tuple(after.scores.measurements.values())
+    def _judge(self, before: State, after: State) -> tuple[Decision, Ratio | None]:
         goal = self.recipe.goal
         if goal is None:
-            return (
-                Decision(keep=True, reason="applied as written: no goal was given"),
-                measured,
-                None,
-            )
+            return Decision(keep=True, reason="applied as written: no goal was given"), None
         contest = None
         if any(n in SPEEDS for n in (goal.best, *goal.limits)):
             timed = self._timed("validation")
@@ -265,7 +297,7 @@ class Run:
             unchanged=float(np.sqrt(np.mean(np.square(moved)))) / scale <= SAME_OUTPUTS,
             quality=quality,
         )
-        return judge(goal, seen), measured, None if contest is None else _speed(contest)
+        return judge(goal, seen), None if contest is None else _speed(contest)
 
     def _timed(self, split: str) -> list[Any]:
         names = list(self.inputs.example)

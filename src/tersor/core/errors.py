@@ -7,6 +7,7 @@ TersorError
 |-- DependencyError    a package is missing (also ImportError)
 |-- TargetError        the runtime or device cannot do this
 |-- StepError          a technique failed; which, where; __cause__ is the original
+|   `-- UnfitError     the step does not fit this network, or asks more than it can give
 `-- ArtifactError      a directory is not an artifact, or was altered
 """
 
@@ -58,6 +59,17 @@ class StepError(TersorError):
     """A technique failed; which, where; `__cause__` is the original."""
 
     exit_code = 4
+
+
+class UnfitError(StepError):
+    """The step does not fit this network; with a goal its stage is dropped, for this reason.
+
+    `too_strong`: weaker settings may fit.
+    """
+
+    def __init__(self, message: str, *, too_strong: bool = False) -> None:
+        super().__init__(message)
+        self.too_strong = too_strong
 
 
 class ArtifactError(TersorError):

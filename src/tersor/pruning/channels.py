@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.context import Context
-from tersor.core.errors import DataError, StepError, suggest
+from tersor.core.errors import DataError, StepError, UnfitError, suggest
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops.capture import capture
@@ -70,8 +70,8 @@ def channels(net: nn.Module, config: Channels, context: Context) -> nn.Module:
 
     Raises:
         DataError: taylor without calibration data or labels.
-        StepError: everything is protected, or the target cannot be reached; the network is
-        unchanged.
+        UnfitError: everything is protected, or the target cannot be reached.
+        StepError: `layers` fits nothing. In both cases the network is unchanged.
 
     Source:
         Grouping: Fang et al., arXiv:2301.12900. Importance: Li et al., arXiv:1608.08710; Molchanov
@@ -111,7 +111,7 @@ def _free(groups: Sequence[Group], net: nn.Module, config: Channels) -> list[Gro
     if not open_groups:
         reasons = {g.protected: g.name for g in groups if g.protected}
         told = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
-        raise StepError(
+        raise UnfitError(
             f"no channels of {type(net).__name__} can be cut, all are protected "
             f"({told or 'no layers'}). "
             "Exclude this step, or write forward with operators that follow the channels' number"
@@ -154,11 +154,11 @@ def _choose(
     smallest = _at_ratio(groups, scores, config, 1.0)
     reachable = count(removed_places(smallest)) / full
     if reachable > config.macs:
-        raise StepError(
-            f"macs: {config.macs} would empty layers: with {config.multiple} channels left in "
-            f"each group "
-            f"{reachable:.3f} of the multiply-accumulates remain. Choose more than that, a smaller "
-            "multiple, or take the rest by another step"
+        raise UnfitError(
+            f"macs: {config.macs} would empty layers: with {config.multiple} channels left in each "
+            f"group {reachable:.3f} of the multiply-accumulates remain. Choose more than that, a "
+            "smaller multiple, or take the rest by another step",
+            too_strong=True,
         )
     low, high = 0.0, 1.0
     for _ in range(20):
@@ -200,7 +200,7 @@ def _check_not_nothing(groups: Sequence[Group], removal: Removal, config: Channe
     if any(gone for _, gone in removal) or config.ratio == 0 or config.macs == 1:
         return
     sizes = sorted({g.size for g in groups})
-    raise StepError(
+    raise UnfitError(
         f"nothing would be removed: groups have {', '.join(map(str, sizes))} channels, and what "
         f"stays is "
         f"rounded up to a multiple of {config.multiple}; use a smaller multiple or a higher ratio"
@@ -218,7 +218,7 @@ def _cut_and_compare(net: nn.Module, removal: Removal, context: Context) -> None
         try:
             found = first_output(smaller(**context.inputs.example))
         except Exception as error:  # any: this is the user's own forward
-            raise StepError(
+            raise UnfitError(
                 f"the network does not run with fewer channels ({type(error).__name__}: "
                 f"{error}); its "
                 "forward relies on a layer's size. Exclude that layer with layers"
@@ -226,7 +226,7 @@ def _cut_and_compare(net: nn.Module, removal: Removal, context: Context) -> None
     scale = wanted.abs().max().clamp_min(1e-6)
     difference = ((found - wanted).abs().max() / scale).item()
     if not difference <= _TOLERANCE:
-        raise StepError(
+        raise UnfitError(
             f"the cut network's outputs differ by {difference:.2g} of their size from what was "
             f"meant; its "
             "forward computes with a layer's size. Exclude that layer with layers"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.context import Context
-from tersor.core.errors import DataError, StepError, suggest
+from tersor.core.errors import DataError, StepError, UnfitError, suggest
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops.blocks import Block, bypass, bypassed, find_blocks
@@ -85,7 +85,8 @@ def drop_layers(net: nn.Module, config: DropLayers, context: Context) -> nn.Modu
 
     Raises:
         DataError: no calibration data.
-        StepError: no residual block to remove; too few for what is asked.
+        UnfitError: no residual block to remove; too few for what is asked.
+        StepError: `layers` names no block.
 
     Source:
         Veit et al., arXiv:1605.06431 (residual networks survive the loss of blocks); the greedy
@@ -98,9 +99,10 @@ def drop_layers(net: nn.Module, config: DropLayers, context: Context) -> nn.Modu
     blocks = _candidates(net, config, context)
     if config.blocks is not None:
         if config.blocks > len(blocks):
-            raise StepError(
+            raise UnfitError(
                 f"{config.blocks} blocks are to go, but only {len(blocks)} can: "
-                f"{', '.join(b.name for b in blocks)}"
+                f"{', '.join(b.name for b in blocks)}",
+                too_strong=True,
             )
         order = list(itertools.islice(_greedy(net, blocks, config, context), config.blocks))
         count = config.blocks
@@ -133,10 +135,10 @@ def _candidates(net: nn.Module, config: DropLayers, context: Context) -> list[Bl
             f"; found {', '.join(b.name for b in found)}, but layers excludes them" if found else ""
         )
         failed = "".join(f"; {name} cannot be bypassed: {why}" for name, why in refused.items())
-        raise StepError(
-            f"{type(net).__name__} has no residual block that could be removed (a module whose "
-            f"input and "
-            f"output have the same shape, with a shortcut around its layers){seen}{failed}"
+        raise UnfitError(
+            f"{type(net).__name__} has no residual block that could be removed (a module "
+            "whose input and output have the same shape, with a shortcut around its layers)"
+            f"{seen}{failed}"
         )
     return chosen
 
@@ -153,10 +155,10 @@ def _until_fast(
     shares = {0: 1.0, len(blocks): _share(net, blocks, context)}
     saving = _Saving(net, blocks, config, (1 - shares[len(blocks)]) / len(blocks))
     if shares[len(blocks)] > wanted:
-        raise StepError(
+        raise UnfitError(
             f"latency {wanted} of the original's cannot be reached: without all {len(blocks)} "
-            f"blocks that "
-            f"can go it is still {shares[len(blocks)]:.2f}"
+            f"blocks that can go it is still {shares[len(blocks)]:.2f}",
+            too_strong=True,
         )
     source = _greedy(net, blocks, config, context, saving)
     slow, fast = 0, len(blocks)
@@ -196,10 +198,11 @@ class _Saving:
         self.latency = latency_each / (1 - (config.latency or _DEFAULT_LATENCY))
         self.wanted = 0.0 if config.parameters is None else (1 - config.parameters) * self.total
         if self.wanted > sum(self.counts.values()):
-            raise StepError(
+            raise UnfitError(
                 f"parameters {config.parameters} of the original's cannot be reached: the "
                 f"{len(blocks)} blocks that can go hold "
-                f"{sum(self.counts.values()) / self.total:.2f} of them"
+                f"{sum(self.counts.values()) / self.total:.2f} of them",
+                too_strong=True,
             )
 
     def of(self, name: str, gone: Sequence[Block]) -> float:
