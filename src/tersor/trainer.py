@@ -177,9 +177,8 @@ def _step(
 
 def _not_finite(what: str, value: float, step: int) -> StepError:
     return StepError(
-        f"the {what} is {value} at training step {step + 1}; the weights from before this step "
-        f"are kept. "
-        "Lower the learning rate, or look for NaN in the data"
+        f"the {what} is {value} at training step {step + 1}; the weights from before this step are "
+        "kept. Lower the learning rate, or look for NaN in the data"
     )
 
 

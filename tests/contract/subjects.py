@@ -15,7 +15,7 @@ from torch import nn
 
 from tersor.core import plugins
 from tersor.core.context import Context, Data
-from tersor.core.errors import DataError, StepError, TargetError
+from tersor.core.errors import DataError, TargetError, UnfitError
 from tersor.core.runtime import Target
 from tersor.core.technique import Technique
 from tersor.ops.lower import lower
@@ -44,6 +44,8 @@ def quick(technique: Technique) -> Any:
     config = technique.config()
     if any(field.name == "epochs" for field in dataclasses.fields(config)):
         config = dataclasses.replace(config, epochs=0.2)
+    if any(field.name == "steps" for field in dataclasses.fields(config)):
+        config = dataclasses.replace(config, steps=20)
     return config
 
 
@@ -76,8 +78,11 @@ def weight_cost(nets: Sequence[nn.Module]) -> list[float]:
     return [sum(parameter.numel() for parameter in net.parameters()) / 1000 for net in nets]
 
 
-def apply(name: str, kind: str, config: Any = None) -> Applied:
-    """Apply a technique once to a copy of one of the two small networks, for a target that has it."""
+def apply(name: str, kind: str, config: Any = None, after: str | None = None) -> Applied:
+    """Apply a technique to a copy of one of the two small networks, for a target that has it.
+
+    `after` names a technique that comes before it in the same stage.
+    """
     technique = plugins.technique(name)
     config = config or quick(technique)
     original = FACTORIES[kind]()
@@ -85,7 +90,7 @@ def apply(name: str, kind: str, config: Any = None) -> Applied:
     with tempfile.TemporaryDirectory() as folder:
         for runtime in TARGETS:
             try:
-                result = _apply(technique, config, original, Path(folder), runtime)
+                result = _apply(technique, config, original, Path(folder), runtime, after)
             except TargetError:
                 if runtime == TARGETS[-1]:
                     raise
@@ -97,10 +102,19 @@ def apply(name: str, kind: str, config: Any = None) -> Applied:
 
 
 def _apply(
-    technique: Technique, config: Any, original: nn.Module, folder: Path, runtime: str
+    technique: Technique,
+    config: Any,
+    original: nn.Module,
+    folder: Path,
+    runtime: str,
+    after: str | None,
 ) -> Any:
     for labels in (False, True):
-        given = lower(copy.deepcopy(original), technique.form, networks.inputs())
+        given: Any = copy.deepcopy(original)
+        if after is not None:
+            first = plugins.technique(after)
+            given = _apply(first, quick(first), original, folder, runtime, None)
+        given = lower(given, technique.form, networks.inputs())
         context = honest_context(technique, original, folder, runtime=runtime, labels=labels)
         try:
             return technique.apply(given, config, context)
@@ -113,11 +127,15 @@ def _apply(
 
 @cache
 def applied(name: str) -> Applied:
-    """Apply a technique to the CNN or, where it has nothing to do there, to the transformer."""
+    """Apply a technique where it has something to do: the CNN, the transformer, the rounded CNN."""
     try:
         return apply(name, "cnn")
-    except StepError:
+    except UnfitError:
+        pass
+    try:
         return apply(name, "transformer")
+    except UnfitError:
+        return apply(name, "cnn", after="static")
 
 
 def outputs(net: Any, batch: int = 4) -> torch.Tensor:

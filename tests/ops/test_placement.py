@@ -7,8 +7,9 @@ from torch import Tensor, fx, nn
 
 from tersor.core.model import Inputs
 from tersor.ops.capture import capture
+from tersor.ops.fold import drop_identities
 from tersor.ops.modules import Quantize
-from tersor.ops.placement import Point, drop_identities, insert, place
+from tersor.ops.placement import Point, insert, place
 
 
 def points(

@@ -8,12 +8,50 @@ weights.
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from tersor.core.model import Inputs
+from tersor.ops.capture import annotate
+
 # O output channels; the weight of a transposed convolution has them in dimension 1, a group at a
 # time.
+
+
+def fold_batch_norms(captured: fx.GraphModule, inputs: Inputs) -> int:
+    """Fold every batch norm that can be, and take out what does nothing in eval mode.
+
+    Args:
+        captured: What `ops.capture.capture` returned; changed.
+        inputs: How to call it.
+
+    Returns:
+        The number of batch norms folded.
+    """
+    pairs = find_batch_norms(captured)
+    for layer, bn in pairs:
+        fold_batch_norm(captured.get_submodule(layer), captured.get_submodule(bn))
+        captured.set_submodule(bn, nn.Identity())
+    drop_identities(captured)
+    captured.delete_all_unused_submodules()
+    annotate(captured, inputs)
+    return len(pairs)
+
+
+def drop_identities(captured: fx.GraphModule) -> None:
+    """Take out calls that do nothing in eval mode: Identity and dropout."""
+    modules = dict(captured.named_modules())
+    for node in list(captured.graph.nodes):
+        named = node.op == "call_module" and isinstance(
+            modules[node.target],
+            (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        )
+        if (named or node.target in (F.dropout, F.dropout2d)) and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            captured.graph.erase_node(node)
+    captured.recompile()
 
 
 def find_batch_norms(captured: fx.GraphModule) -> list[tuple[str, str]]:

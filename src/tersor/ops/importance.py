@@ -99,9 +99,8 @@ def _change(net: nn.Module, group: Group, batch: int) -> Float[Tensor, "K"]:
         product = weight.detach() * weight.grad
         if not torch.isfinite(product).all():
             raise StepError(
-                f"the gradient of layer {name!r} is not finite on calibration batch "
-                f"{batch + 1}; look for "
-                "NaN in the data, or use importance: l2"
+                f"the gradient of layer {name!r} is not finite on calibration batch {batch + 1}; "
+                "look for NaN in the data, or use importance: l2"
             )
         for k, own in enumerate(places):
             change_K[k] += sum(in_slice(layer, product, i).sum() for i in own)

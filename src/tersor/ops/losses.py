@@ -62,10 +62,8 @@ def _labelled(shape: tuple[int, ...], labels: Tensor) -> int | None:
             return len(shape) - 1
     raise DataError(
         f"labels of shape {given} and type {labels.dtype} do not fit outputs of shape {shape}; "
-        f"labels are "
-        "integers (N,) for outputs (N,C), (N,T) for (N,T,C), (N,H,W) for (N,C,H,W), or numbers "
-        "of the "
-        "outputs' own shape; for anything else give a loss with the data"
+        "labels are integers (N,) for outputs (N,C), (N,T) for (N,T,C), (N,H,W) for (N,C,H,W), or "
+        "numbers of the outputs' own shape; for anything else give a loss with the data"
     )
 
 
@@ -97,8 +95,7 @@ def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     except IndexError as error:
         raise DataError(
             f"labels reach from {labels.min().item()} to {labels.max().item()}, but the network "
-            f"has "
-            f"{outputs.shape[1]} classes"
+            f"has {outputs.shape[1]} classes"
         ) from error
 
 

@@ -5,7 +5,8 @@ QuantizeLinear and DequantizeLinear in ONNX. Each has `arguments()`, from which 
 is made; its tensors then come from the state dict.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
@@ -18,6 +19,16 @@ from tersor.ops.quantize import symmetric_codes
 
 _OPS = torch.ops.quantized_decomposed
 _Sizes = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes of weights: (code - zero) * scale, for codes of low..high."""
+
+    scale: Tensor
+    zero: Tensor
+    low: int
+    high: int
 
 
 class Quantize(nn.Module):
@@ -57,101 +68,117 @@ class Quantize(nn.Module):
         return f"scale={self.scale:.4g}, zero={self.zero}, codes={self.low}..{self.high}"
 
 
-class QuantConv1d(nn.Module):
+class _Integer(nn.Module):
+    """A layer with int8 weights and one scale for each output channel."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: nn.Parameter | None
+    bits: int
+    """Of a code: 2 to 8; each is kept in a byte."""
+    _names: ClassVar[tuple[str, ...]]
+    """Constructor arguments beside `bias` and `bits`."""
+    _axis: ClassVar[int] = 0
+    """Output channels among the dimensions of `weight`."""
+
+    def _make(self, shape: tuple[int, ...], bias: bool, bits: int) -> None:
+        self.bits, channels = bits, shape[self._axis]
+        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("zero", torch.zeros(channels, dtype=torch.int64))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(channels)) if bias else None)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            **{name: getattr(self, name) for name in self._names},
+            "bias": self.bias is not None,
+        }
+
+    def values(self) -> Tensor:
+        """Return the float weights that the codes stand for."""
+        grid = (self.scale, self.zero, self._axis, -127, 127, torch.int8)
+        made: Tensor = _OPS.dequantize_per_channel(self.weight, *grid)
+        return made
+
+    def grid(self) -> Grid:
+        """Return what the codes mean, with one entry for each weight after broadcasting."""
+        shape = [1] * self.weight.dim()
+        shape[self._axis] = -1
+        most = 2 ** (self.bits - 1) - 1
+        return Grid(self.scale.view(shape), self.zero.view(shape), -most, most)
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Apply the layer with these float weights."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return self.compute(x, self.values())
+
+
+class _IntegerConv(_Integer):
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: _Sizes
+    padding: _Sizes | str
+    dilation: _Sizes
+    groups: int
+    _names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    )
+    _dimensions: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Sizes,
+        stride: _Sizes = 1,
+        padding: _Sizes | str = 0,
+        dilation: _Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+        bits: int = 8,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = _many(kernel_size, self._dimensions), stride
+        self.padding, self.dilation, self.groups = padding, dilation, groups
+        self._make((out_channels, in_channels // groups, *self.kernel_size), bias, bits)
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve with these float weights."""
+        apply: Any = F.conv1d if self._dimensions == 1 else F.conv2d
+        made: Tensor = apply(
+            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+        return made
+
+
+class QuantConv1d(_IntegerConv):
     """Conv1d with int8 weights, one scale for each output channel."""
 
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor
-    bias: nn.Parameter | None
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, ...]
-    stride: _Sizes
-    padding: _Sizes | str
-    dilation: _Sizes
-    groups: int
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _Sizes,
-        stride: _Sizes = 1,
-        padding: _Sizes | str = 0,
-        dilation: _Sizes = 1,
-        groups: int = 1,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = _many(kernel_size, 1), stride
-        self.padding, self.dilation, self.groups = padding, dilation, groups
-        _register(
-            self, (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias
-        )
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return _conv_arguments(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve with the dequantized weights."""
-        weight = dequantized(self.weight, self.scale, self.zero)
-        return F.conv1d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    _dimensions = 1
 
 
-class QuantConv2d(nn.Module):
+class QuantConv2d(_IntegerConv):
     """Conv2d with int8 weights, one scale for each output channel."""
 
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor
-    bias: nn.Parameter | None
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, ...]
-    stride: _Sizes
-    padding: _Sizes | str
-    dilation: _Sizes
-    groups: int
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _Sizes,
-        stride: _Sizes = 1,
-        padding: _Sizes | str = 0,
-        dilation: _Sizes = 1,
-        groups: int = 1,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = _many(kernel_size, 2), stride
-        self.padding, self.dilation, self.groups = padding, dilation, groups
-        _register(
-            self, (out_channels, in_channels // groups, *self.kernel_size), out_channels, bias
-        )
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return _conv_arguments(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve with the dequantized weights."""
-        weight = dequantized(self.weight, self.scale, self.zero)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    _dimensions = 2
 
 
-class QuantConvTranspose2d(nn.Module):
+class QuantConvTranspose2d(_Integer):
     """ConvTranspose2d without groups, with int8 weights, one scale for each output channel."""
 
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor
-    bias: nn.Parameter | None
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -159,6 +186,16 @@ class QuantConvTranspose2d(nn.Module):
     padding: _Sizes
     output_padding: _Sizes
     dilation: _Sizes
+    _axis = 1
+    _names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "output_padding",
+        "dilation",
+    )
 
     def __init__(
         self,
@@ -170,67 +207,40 @@ class QuantConvTranspose2d(nn.Module):
         output_padding: _Sizes = 0,
         dilation: _Sizes = 1,
         bias: bool = True,
+        bits: int = 8,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = _many(kernel_size, 2), stride
         self.padding, self.output_padding, self.dilation = padding, output_padding, dilation
-        _register(self, (in_channels, out_channels, *self.kernel_size), out_channels, bias)
+        self._make((in_channels, out_channels, *self.kernel_size), bias, bits)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        names = (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "output_padding",
-            "dilation",
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve with these float weights."""
+        apply: Any = F.conv_transpose2d
+        made: Tensor = apply(
+            x, weight, self.bias, self.stride, self.padding, self.output_padding, 1, self.dilation
         )
-        return {**{name: getattr(self, name) for name in names}, "bias": self.bias is not None}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve with the dequantized weights."""
-        weight = dequantized(self.weight, self.scale, self.zero, axis=1)
-        return F.conv_transpose2d(
-            x,
-            weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.output_padding,
-            1,
-            self.dilation,  # type: ignore[arg-type]  # stubs want tuples
-        )
+        return made
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(_Integer):
     """Linear with int8 weights, one scale for each output."""
 
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor
-    bias: nn.Parameter | None
     in_features: int
     out_features: int
+    _names = ("in_features", "out_features")
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, bits: int = 8
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        _register(self, (out_features, in_features), out_features, bias)
+        self._make((out_features, in_features), bias, bits)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-        }
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the dequantized weights."""
-        return F.linear(x, dequantized(self.weight, self.scale, self.zero), self.bias)
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply by these float weights."""
+        return F.linear(x, weight, self.bias)
 
 
 class GroupedLinear(nn.Module):
@@ -281,21 +291,39 @@ class GroupedLinear(nn.Module):
         names = ("in_features", "out_features", "bits", "group_size", "symmetric")
         return {**{name: getattr(self, name) for name in names}, "bias": self.bias is not None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the dequantized weights."""
-        low = -(2 ** (self.bits - 1)) if self.symmetric else 0
+    def values(self) -> Tensor:
+        """Return the float weights that the codes stand for."""
+        low, high = self._ends()
         zero = None if self.zero is None else self.zero.to(torch.int32)
-        weight_OI = _OPS.dequantize_per_channel_group(
+        made: Tensor = _OPS.dequantize_per_channel_group(
             self.weight,
             self.scale,
             zero,
             low,
-            low + 2**self.bits - 1,
+            high,
             self.weight.dtype,
             self.group_size,
             torch.float32,
         )
-        return F.linear(x, weight_OI, self.bias)
+        return made
+
+    def grid(self) -> Grid:
+        """Return what the codes mean, with one entry for each weight."""
+        scale = self.scale.repeat_interleave(self.group_size, 1)
+        zero = torch.zeros_like(self.scale) if self.zero is None else self.zero
+        return Grid(scale, zero.repeat_interleave(self.group_size, 1), *self._ends())
+
+    def _ends(self) -> tuple[int, int]:
+        low = -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return low, low + 2**self.bits - 1
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply by these float weights."""
+        return F.linear(x, weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the dequantized weights."""
+        return self.compute(x, self.values())
 
 
 QUANTIZED = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear, GroupedLinear)
@@ -335,16 +363,17 @@ def rows(layer: nn.Module) -> Tensor:
     return weight.flatten(1)
 
 
-def quantized(layer: nn.Module, scale_O: Tensor) -> nn.Module:
-    """Return a layer like `layer` with int8 weights; the bias is shared.
+def quantized(layer: nn.Module, scale_O: Tensor, bits: int = 8) -> nn.Module:
+    """Return a layer like `layer` with integer weights; the bias is shared.
 
     Args:
         layer: A layer for which `why_not` is None.
         scale_O: Scale of each output channel.
+        bits: Of a code, 2 to 8; kept in a byte.
     """
     made: QuantLinear | QuantConv1d | QuantConv2d | QuantConvTranspose2d
     if isinstance(layer, nn.Linear):
-        made = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None)
+        made = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, bits)
     elif isinstance(layer, nn.ConvTranspose2d):
         made = QuantConvTranspose2d(
             layer.in_channels,
@@ -355,6 +384,7 @@ def quantized(layer: nn.Module, scale_O: Tensor) -> nn.Module:
             layer.output_padding,
             layer.dilation,
             layer.bias is not None,
+            bits,
         )
     else:
         assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
@@ -367,8 +397,9 @@ def quantized(layer: nn.Module, scale_O: Tensor) -> nn.Module:
             layer.dilation,
             layer.groups,
             layer.bias is not None,
+            bits,
         )
-    codes_OI = symmetric_codes(rows(layer), scale_O)
+    codes_OI = symmetric_codes(rows(layer), scale_O, bits=bits)
     shape = layer.weight.shape
     if isinstance(layer, nn.ConvTranspose2d):
         codes = codes_OI.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous()
@@ -377,33 +408,6 @@ def quantized(layer: nn.Module, scale_O: Tensor) -> nn.Module:
     made.weight, made.scale = codes, scale_O
     made.register_parameter("bias", layer.bias)  # type: ignore[arg-type]  # the stubs forget None
     return made.train(layer.training)
-
-
-def dequantized(weight: Tensor, scale_O: Tensor, zero_O: Tensor, axis: int = 0) -> Tensor:
-    """Return the float weights that int8 codes stand for."""
-    grid = (scale_O, zero_O, axis, -127, 127, torch.int8)
-    made: Tensor = _OPS.dequantize_per_channel(weight, *grid)
-    return made
-
-
-def _register(layer: nn.Module, shape: tuple[int, ...], out_channels: int, bias: bool) -> None:
-    layer.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
-    layer.register_buffer("scale", torch.ones(out_channels))
-    layer.register_buffer("zero", torch.zeros(out_channels, dtype=torch.int64))
-    layer.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
-
-
-def _conv_arguments(layer: nn.Module) -> dict[str, Any]:
-    names = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-    )
-    return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
 
 
 def _many(size: _Sizes, count: int) -> tuple[int, ...]:

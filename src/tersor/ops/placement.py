@@ -95,20 +95,6 @@ class Point:
     """Of the first node."""
 
 
-def drop_identities(captured: fx.GraphModule) -> None:
-    """Take out calls that do nothing in eval mode: Identity and dropout."""
-    modules = dict(captured.named_modules())
-    for node in list(captured.graph.nodes):
-        named = node.op == "call_module" and isinstance(
-            modules[node.target],
-            (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-        )
-        if (named or node.target in (F.dropout, F.dropout2d)) and isinstance(node.args[0], fx.Node):
-            node.replace_all_uses_with(node.args[0])
-            captured.graph.erase_node(node)
-    captured.recompile()
-
-
 def place(captured: fx.GraphModule, layers: Collection[str]) -> list[Point]:
     """Decide where to round.
 

@@ -124,8 +124,7 @@ def _free(groups: Sequence[Group], net: nn.Module, config: Channels) -> list[Gro
     if not chosen:
         raise StepError(
             "layers excludes every group that could be cut; a group is cut only when all layers "
-            "that make "
-            f"its channels are chosen. Groups: "
+            "that make its channels are chosen. Groups: "
             f"{'; '.join(', '.join(g.layers('out')) for g in open_groups)}"
         )
     return chosen
@@ -219,16 +218,14 @@ def _cut_and_compare(net: nn.Module, removal: Removal, context: Context) -> None
             found = first_output(smaller(**context.inputs.example))
         except Exception as error:  # any: this is the user's own forward
             raise UnfitError(
-                f"the network does not run with fewer channels ({type(error).__name__}: "
-                f"{error}); its "
-                "forward relies on a layer's size. Exclude that layer with layers"
+                f"the network does not run with fewer channels ({type(error).__name__}: {error}); "
+                "its forward relies on a layer's size. Exclude that layer with layers"
             ) from error
     scale = wanted.abs().max().clamp_min(1e-6)
     difference = ((found - wanted).abs().max() / scale).item()
     if not difference <= _TOLERANCE:
         raise UnfitError(
             f"the cut network's outputs differ by {difference:.2g} of their size from what was "
-            f"meant; its "
-            "forward computes with a layer's size. Exclude that layer with layers"
+            "meant; its forward computes with a layer's size. Exclude that layer with layers"
         )
     cut(net, removal)

@@ -14,10 +14,11 @@ from tersor.core.technique import technique
 from tersor.ops import calibrators
 from tersor.ops.calibrate import histograms
 from tersor.ops.capture import annotate, capture
-from tersor.ops.fold import find_batch_norms, fold_batch_norm
+from tersor.ops.fold import fold_batch_norms
 from tersor.ops.modules import Quantize, check_patterns, quantized, rows, why_not
-from tersor.ops.placement import Point, drop_identities, insert, place
+from tersor.ops.placement import Point, insert, place
 from tersor.ops.quantize import activation_grid, channel_scales
+from tersor.ops.twin import remember
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
 
@@ -27,7 +28,10 @@ class Static:
     """Settings of static quantization."""
 
     bits: Literal[8] = 8
-    """Bits of weights and activations."""
+    """Bits of activations, and of weights unless `weight_bits` says otherwise."""
+    weight_bits: int = 8
+    """Bits of weights, 2 to 8. Runtimes compute with bytes: fewer bits lose accuracy, save nothing
+    by themselves, and compress better."""
     calibrator: Literal["min_max", "percentile", "entropy", "mse"] = "min_max"
     """How ranges follow from histograms of activations."""
     percentile: float = 99.99
@@ -42,6 +46,8 @@ class Static:
     """Which layers get integer weights."""
 
     def __post_init__(self) -> None:
+        if not 2 <= self.weight_bits <= 8:
+            raise ValueError(f"weight_bits must be 2 to 8, got {self.weight_bits}")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile must be in (50, 100], got {self.percentile}")
 
@@ -65,7 +71,7 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         weights are those of each output channel (Krishnamoorthi, arXiv:1806.08342).
     """
     captured = capture(net.eval(), context.inputs)
-    folded = _fold(captured, context)
+    folded = fold_batch_norms(captured, context.inputs)
     chosen, left = _choose(captured, config)
     context.record(batch_norms_folded=folded)
     if not chosen:
@@ -85,6 +91,7 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         (point, _rounding(point, calibrator(histogram), config))
         for point, histogram in zip(points, counted, strict=True)
     ]
+    remember(captured)
     for name in chosen:
         captured.set_submodule(name, _integer(captured, name, rounded, config))
     insert(captured, rounded)
@@ -97,17 +104,6 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         samples=samples,
     )
     return captured
-
-
-def _fold(captured: fx.GraphModule, context: Context) -> int:
-    pairs = find_batch_norms(captured)
-    for layer, bn in pairs:
-        fold_batch_norm(captured.get_submodule(layer), captured.get_submodule(bn))
-        captured.set_submodule(bn, nn.Identity())
-    drop_identities(captured)
-    captured.delete_all_unused_submodules()
-    annotate(captured, context.inputs)
-    return len(pairs)
 
 
 def _choose(captured: fx.GraphModule, config: Static) -> tuple[list[str], dict[str, str]]:
@@ -166,7 +162,7 @@ def _rounding(point: Point, ends: tuple[float, float], config: Static) -> Quanti
 def _integer(
     captured: fx.GraphModule, name: str, rounded: list[tuple[Point, Quantize]], config: Static
 ) -> nn.Module:
-    """Return layer `name` with int8 weights."""
+    """Return layer `name` with integer weights."""
     layer = captured.get_submodule(name)
     bias = layer.bias
     scales = [
@@ -179,6 +175,7 @@ def _integer(
     try:
         scale_O = channel_scales(
             rows(layer),
+            bits=config.weight_bits,
             bias_O=bias.detach() if isinstance(bias, nn.Parameter) else None,
             input_scale=min(scales, default=None),
         )
@@ -186,4 +183,4 @@ def _integer(
         raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
     if not config.per_channel:
         scale_O = scale_O.max().expand_as(scale_O).clone()
-    return quantized(layer, scale_O)
+    return quantized(layer, scale_O, config.weight_bits)

@@ -12,6 +12,7 @@ from tersor.core.technique import technique
 from tersor.ops.capture import capture
 from tersor.ops.modules import GroupedLinear, check_patterns, quantized, rows, why_not
 from tersor.ops.quantize import channel_scales, group_codes
+from tersor.ops.twin import remember
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
     for name, layer in chosen.items():
         if isinstance(layer, nn.Linear):
             _check_size(name, layer.in_features, config)
+    remember(captured)
     for name, layer in context.track(chosen.items(), "rounding weights", len(chosen)):
         try:
             captured.set_submodule(name, _rounded(layer, config))
