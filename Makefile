@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := torch,onnx,onnxruntime,openvino,digits,images,dev,docs
 OUT ?= out/demo
+SHARED := $(or $(TERSOR_SHARED),../shared)
 
 .PHONY: demo test test-all check docs bench install clean
 .DEFAULT_GOAL := help
@@ -50,6 +51,12 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
+ifeq ($(wildcard $(SHARED)/workloads),)
+	@echo 'skipped aa.py and quantization_peers.py: they need the shared data (set TERSOR_SHARED)'
+else
+	$(BIN)/python benchmarks/aa.py $(SHARED)/workloads/cifar.py:resnet20 --data $(SHARED)/workloads/cifar.py:data
+	$(BIN)/python benchmarks/quantization_peers.py
+endif
 
 clean:
 	rm -rf $(VENV) build dist site out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -3,7 +3,7 @@
     python docs/tables.py [--check]
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
-compress), `peers`, `aa` or `startup`. No figure in it is typed by hand. `--check` changes
+compress), `compared` (runs of compare), `peers`, `aa` or `startup`. No figure in it is typed by hand. `--check` changes
 nothing and exits with 1 where a page is not up to date.
 """
 
@@ -42,6 +42,7 @@ def rendered(text: str, *, chinese: bool) -> str:
     """Return a page with what stands between its markers written anew."""
     writers: dict[str, Callable[[bool], str]] = {
         "results": results,
+        "compared": compared,
         "peers": peers,
         "aa": self_check,
         "startup": startup,
@@ -73,6 +74,25 @@ def results(chinese: bool) -> str:
     source = ", ".join(f"`{file.relative_to(ROOT).as_posix()}`" for file, _ in runs)
     note = f"Rendered from {source}." if not chinese else f"由 {source} 生成。"
     return table(head, rows) + f"\n{note}\n"
+
+
+def compared(chinese: bool) -> str:
+    """One row a stored comparison of an artifact with its original."""
+    raw = stored("resnet56-compared")
+    if raw is None:
+        return ""
+    head = (
+        ["network", "runtime", "batch", "before", "after", "speed, 95 % interval"]
+        if not chinese
+        else ["网络", "运行时", "批大小", "之前", "之后", "速度, 95 % 置信区间"]
+    )
+    rows = []
+    for item in raw["comparisons"]:
+        c = item["comparison"]
+        times = [f"{c[side]:.2f} ms" for side in ("a_ms", "b_ms")]
+        ratio = f"{c['speedup']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]"
+        rows.append([item["network"], item["runtime"], str(item["batch"]), *times, ratio])
+    return table(head, rows)
 
 
 def row(file: Path, raw: Plain) -> list[str]:
