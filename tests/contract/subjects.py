@@ -37,6 +37,10 @@ class Applied:
     before: dict[str, torch.Tensor]
     """Its tensors as they were."""
     result: Any
+    kind: str
+    """Which of the two small networks."""
+    after: str | None
+    """The technique before it in the same stage."""
 
 
 def quick(technique: Technique) -> Any:
@@ -97,7 +101,13 @@ def apply(name: str, kind: str, config: Any = None, after: str | None = None) ->
                 continue
             break
     return Applied(
-        technique=technique, config=config, original=original, before=before, result=result
+        technique=technique,
+        config=config,
+        original=original,
+        before=before,
+        result=result,
+        kind=kind,
+        after=after,
     )
 
 
