@@ -126,3 +126,36 @@ def test_zero_group_stays_zero() -> None:
         assert bool((scale == 1).all())
         assert not codes.any()
         assert zero is None or not zero.any()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_clipped_channels_err_less(bits: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, 64)
+    weight[:, 0] = 12.0  # an outlier each
+
+    def error(clip: bool) -> torch.Tensor:
+        scale = channel_scales(weight, bits=bits, clip=clip)
+        codes = symmetric_codes(weight, scale, bits=bits)
+        return (codes * scale[:, None] - weight).square().sum(1)
+
+    assert bool((error(clip=True) <= error(clip=False)).all())
+    assert bits != 4 or float(error(clip=True).sum()) < 0.95 * float(error(clip=False).sum())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipped_groups_err_less(symmetric: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 64)
+    weight[0] = 0
+
+    def error(clip: bool) -> torch.Tensor:
+        codes, scale, zero = group_codes(
+            weight, bits=4, group_size=32, symmetric=symmetric, clip=clip
+        )
+        zeros = 0 if zero is None else zero.float().repeat_interleave(32, 1)
+        rounded = (codes.float() - zeros) * scale.repeat_interleave(32, 1)
+        return (rounded - weight).view(6, 2, 32).square().sum(2)
+
+    assert bool((error(clip=True) <= error(clip=False) + 1e-6).all())
+    assert float(error(clip=True).sum()) < 0.97 * float(error(clip=False).sum())

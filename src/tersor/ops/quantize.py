@@ -14,6 +14,8 @@ from torch import Tensor
 
 _TINY = 1e-30
 """Smallest scale: below it 1 / scale, or the product of two scales, leaves float32."""
+_NARROWEST, _FACTORS = 0.3, 71
+"""Ranges that are tried when clipping: shares of the full one, and how many."""
 _BIAS_CODES = 2.0**30
 """A bias is added to a 32-bit sum of products; half of that range is left to the products."""
 
@@ -64,6 +66,7 @@ def channel_scales(
     weight_OI: Float[Tensor, "O I"],
     *,
     bits: int = 8,
+    clip: bool = False,
     bias_O: Float[Tensor, "O"] | None = None,
     input_scale: float | None = None,
 ) -> Float[Tensor, "O"]:
@@ -76,6 +79,7 @@ def channel_scales(
     Args:
         weight_OI: Weights, one row for each channel.
         bits: Bits of a code.
+        clip: Choose the range with the smallest squared error; else the largest weight is its end.
         bias_O: Bias that is added to the products.
         input_scale: Scale of the layer's input.
 
@@ -83,10 +87,29 @@ def channel_scales(
         ValueError: a weight is NaN or infinite.
     """
     _check_finite(weight_OI)
-    scale_O = weight_OI.abs().amax(1) / (2 ** (bits - 1) - 1)
+    most = 2 ** (bits - 1) - 1
+    scale_O = weight_OI.abs().amax(1) / most
+    if clip:
+        scale_O = _least_error(weight_OI[:, None], scale_O[:, None], -most, most)[:, 0]
     if bias_O is not None and input_scale is not None:
         scale_O = scale_O.maximum(bias_O.abs() / (input_scale * _BIAS_CODES))
     return torch.where(scale_O > 0, scale_O.clamp_min(_TINY), 1.0)
+
+
+def _least_error(
+    groups_OGS: Float[Tensor, "O G S"], scale_OG: Float[Tensor, "O G"], low: int, high: int
+) -> Float[Tensor, "O G"]:
+    """Shrink each group's scale to where rounding and clipping err least together."""
+    best_OG, error_OG = scale_OG, torch.full_like(scale_OG, math.inf)
+    for factor in torch.linspace(1.0, _NARROWEST, _FACTORS).tolist():
+        tried_OG = scale_OG * factor
+        safe_OG1 = torch.where(tried_OG.abs() < _TINY, 1.0, tried_OG)[..., None]
+        rounded = (groups_OGS / safe_OG1).round_().clamp_(low, high).mul_(safe_OG1)
+        found_OG = rounded.sub_(groups_OGS).square_().sum(2)
+        better = found_OG < error_OG
+        best_OG = torch.where(better, tried_OG, best_OG)
+        error_OG = torch.where(better, found_OG, error_OG)
+    return best_OG
 
 
 def symmetric_codes(
@@ -98,7 +121,12 @@ def symmetric_codes(
 
 
 def group_codes(
-    weight_OI: Float[Tensor, "O I"], *, bits: int, group_size: int, symmetric: bool
+    weight_OI: Float[Tensor, "O I"],
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    clip: bool = False,
 ) -> tuple[Int[Tensor, "O I"], Float[Tensor, "O G"], Int[Tensor, "O G"] | None]:
     """Quantize weights in groups along a row, each with its own scale.
 
@@ -110,6 +138,7 @@ def group_codes(
         bits: 4 or 8.
         group_size: Values that share a scale; divides I.
         symmetric: Signed codes without a zero; else unsigned codes with a zero for each group.
+        clip: Narrow each range to the one with the smallest squared error.
 
     Returns:
         Codes (int8 or uint8), scales (float32), zeros (uint8) or None.
@@ -119,37 +148,55 @@ def group_codes(
     """
     _check_finite(weight_OI)
     groups_OGS = weight_OI.float().view(len(weight_OI), -1, group_size)
-    if not symmetric:
-        low_OG = groups_OGS.amin(2).clamp_max(0)
-        high_OG = groups_OGS.amax(2).clamp_min(0)
-        scale_OG = (high_OG - low_OG) / (2**bits - 1)
-        scale_OG = torch.where(scale_OG > 0, scale_OG.clamp_min(_TINY), 1.0)
-        zero_OG = (-low_OG / scale_OG).round().clamp(0, 2**bits - 1)
-        codes = (groups_OGS / scale_OG[..., None]).round() + zero_OG[..., None]
-        return (
-            codes.clamp(0, 2**bits - 1).flatten(1).to(torch.uint8),
-            scale_OG,
-            zero_OG.to(torch.uint8),
-        )
+    if symmetric:
+        codes, scale_OG = _symmetric_groups(groups_OGS, bits, clip)
+        return codes.flatten(1).to(torch.int8), scale_OG, None
+    best = list(_asymmetric_groups(groups_OGS, bits, 1.0))
+    for factor in torch.linspace(1.0, _NARROWEST, _FACTORS).tolist()[1:] if clip else ():
+        found = _asymmetric_groups(groups_OGS, bits, factor)
+        better_OG = found[-1] < best[-1]
+        best = [
+            torch.where(better_OG[..., None] if new.dim() == 3 else better_OG, new, old)
+            for new, old in zip(found, best, strict=True)
+        ]
+    codes, scale_OG, zero_OG, _ = best
+    return codes.flatten(1).to(torch.uint8), scale_OG, zero_OG.to(torch.uint8)
+
+
+def _asymmetric_groups(
+    groups_OGS: Float[Tensor, "O G S"], bits: int, factor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return codes, scales, zeros and squared errors for ranges shrunk by a factor."""
+    most = 2**bits - 1
+    low_OG = groups_OGS.amin(2).clamp_max(0) * factor
+    high_OG = groups_OGS.amax(2).clamp_min(0) * factor
+    scale_OG = (high_OG - low_OG) / most
+    scale_OG = torch.where(scale_OG > 0, scale_OG.clamp_min(_TINY), 1.0)
+    zero_OG = (-low_OG / scale_OG).round().clamp(0, most)
+    codes = ((groups_OGS / scale_OG[..., None]).round() + zero_OG[..., None]).clamp(0, most)
+    rounded = (codes - zero_OG[..., None]) * scale_OG[..., None]
+    return codes, scale_OG, zero_OG, (rounded - groups_OGS).square().sum(2)
+
+
+def _symmetric_groups(
+    groups_OGS: Float[Tensor, "O G S"], bits: int, clip: bool
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scales, with the better of either end on the largest magnitude."""
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     at = groups_OGS.abs().argmax(2, keepdim=True)
     extreme_OG = groups_OGS.gather(2, at).squeeze(2)
-    best_codes, best_scale, best_error = None, None, None
+    found = []
     for code in (highest, lowest):
         scale_OG = extreme_OG / code
-        tiny = scale_OG.abs() < _TINY
-        scale_OG = torch.where(tiny, 1.0, scale_OG)
+        if clip:
+            scale_OG = _least_error(groups_OGS, scale_OG, lowest, highest)
+        scale_OG = torch.where(scale_OG.abs() < _TINY, 1.0, scale_OG)
         codes = (groups_OGS / scale_OG[..., None]).round().clamp(lowest, highest)
         error_OG = (codes * scale_OG[..., None] - groups_OGS).square().sum(2)
-        if best_codes is None or best_scale is None or best_error is None:
-            best_codes, best_scale, best_error = codes, scale_OG, error_OG
-            continue
-        better = error_OG < best_error
-        best_codes = torch.where(better[..., None], codes, best_codes)
-        best_scale = torch.where(better, scale_OG, best_scale)
-    assert best_codes is not None
-    assert best_scale is not None
-    return best_codes.flatten(1).to(torch.int8), best_scale, None
+        found.append((codes, scale_OG, error_OG))
+    (codes, scale_OG, error_OG), (other, other_scale, other_error) = found
+    better = other_error < error_OG
+    return torch.where(better[..., None], other, codes), torch.where(better, other_scale, scale_OG)
 
 
 def _check_finite(weight: Tensor) -> None:

@@ -32,6 +32,8 @@ class Static:
     weight_bits: int = 8
     """Bits of weights, 2 to 8. Runtimes compute with bytes: fewer bits lose accuracy, save nothing
     by themselves, and compress better."""
+    weight_range: Literal["max", "mse"] = "max"
+    """Where a channel's codes end: at its largest weight, or where the squared error is least."""
     calibrator: Literal["min_max", "percentile", "entropy", "mse"] = "min_max"
     """How ranges follow from histograms of activations."""
     percentile: float = 99.99
@@ -176,6 +178,7 @@ def _integer(
         scale_O = channel_scales(
             rows(layer),
             bits=config.weight_bits,
+            clip=config.weight_range == "mse",
             bias_O=bias.detach() if isinstance(bias, nn.Parameter) else None,
             input_scale=min(scales, default=None),
         )

@@ -27,6 +27,8 @@ class WeightOnly:
     from 16 on."""
     symmetric: bool = True
     """Codes around 0; else each group has a zero of its own."""
+    weight_range: Literal["max", "mse"] = "max"
+    """Where a group's codes end: at its largest weight, or where the squared error is smallest."""
     layers: Layers = Layers()
     """Which linear layers and convolutions."""
 
@@ -39,9 +41,9 @@ class WeightOnly:
 def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Module:
     """Replace linear layers, and at 8 bits convolutions, by layers of integer weights.
 
-    Rounding is to nearest, with the scale of a group from its largest weight. The runtimes multiply
-    in float32; whether that is faster than float weights depends on memory bandwidth. Convolutions
-    get one symmetric scale for each output channel whatever the group size.
+    Rounding is to nearest; `adaround` in the same stage learns it. The runtimes multiply in
+    float32; whether that is faster than float weights depends on memory bandwidth. Convolutions get
+    one symmetric scale for each output channel whatever the group size.
 
     Raises:
         RecipeError: the group size does not divide a layer's columns; a pattern matches no layer.
@@ -102,11 +104,12 @@ def _size(columns: int, config: WeightOnly) -> int:
 
 
 def _rounded(layer: nn.Module, config: WeightOnly) -> nn.Module:
+    clip = config.weight_range == "mse"
     if not isinstance(layer, nn.Linear):
-        return quantized(layer, channel_scales(rows(layer)))
+        return quantized(layer, channel_scales(rows(layer), clip=clip))
     size = _size(layer.in_features, config)
     if config.bits == 8 and config.symmetric and size == layer.in_features:
-        return quantized(layer, channel_scales(rows(layer)))
+        return quantized(layer, channel_scales(rows(layer), clip=clip))
     made = GroupedLinear(
         layer.in_features,
         layer.out_features,
@@ -116,7 +119,11 @@ def _rounded(layer: nn.Module, config: WeightOnly) -> nn.Module:
         bias=layer.bias is not None,
     )
     codes, scale, zero = group_codes(
-        layer.weight.detach(), bits=config.bits, group_size=size, symmetric=config.symmetric
+        layer.weight.detach(),
+        bits=config.bits,
+        group_size=size,
+        symmetric=config.symmetric,
+        clip=clip,
     )
     made.weight, made.scale, made.zero, made.bias = codes, scale, zero, layer.bias
     return made.eval()
