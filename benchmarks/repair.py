@@ -1,0 +1,149 @@
+"""What repair without labels brings back: weights of 4 bits on mobilenet_v2 and gpt.
+
+    python benchmarks/repair.py [--networks mobilenet_v2,gpt] [--steps 1000] [--threads 1]
+
+Rounds each network in several ways, from nearest rounding to learned rounding, and scores all in
+memory on the half of the test split that no decision has seen: accuracy in percent for
+mobilenet_v2 (4-bit weights, 8-bit activations), perplexity of a character for gpt (4-bit weights in
+groups of 32). Needs the shared workloads. Writes benchmarks/results/repair.json.
+"""
+
+import argparse
+import copy
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tersor.core.context import Context, Data
+from tersor.core.hardware import environment
+from tersor.core.model import Inputs
+from tersor.core.plugins import technique_of
+from tersor.core.recipe import Recipe, stage_name
+from tersor.core.runtime import Target
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = Path(__file__).with_name("results") / "repair.json"
+SHARED = Path(os.environ.get("TERSOR_SHARED", ROOT.parent / "shared")).resolve()
+NETWORKS = {"mobilenet_v2": ("fashion", "x"), "gpt": ("language", "tokens")}
+
+
+def ways(network: str, steps: int) -> dict[str, list[Any]]:
+    """Return the stages that are compared, by name."""
+    learned: dict[str, Any] = {"adaround": {"steps": steps}}
+    if network == "gpt":
+        nearest = {"weight_only": {"bits": 4}}
+        clipped = {"weight_only": {"bits": 4, "weight_range": "mse"}}
+        return {
+            "nearest": [nearest],
+            "mse clipping": [clipped],
+            "mse clipping, bias_correction": [clipped, "bias_correction"],
+            "nearest, adaround": [nearest, learned],
+            "mse clipping, adaround": [clipped, learned],
+        }
+    tensor = {"static": {"weight_bits": 4, "per_channel": False}}
+    channel = {"static": {"weight_bits": 4}}
+    clipped = {"static": {"weight_bits": 4, "weight_range": "mse"}}
+    equal: dict[str, Any] = {"equalize": {"replace_relu6": True}}
+    return {
+        "nearest, a scale a layer": [tensor],
+        "equalize, a scale a layer": [equal, tensor],
+        "equalize, a scale a layer, bias_correction": [equal, tensor, "bias_correction"],
+        "nearest": [channel],
+        "mse clipping": [clipped],
+        "bias_correction": [channel, "bias_correction"],
+        "adaround": [channel, learned],
+        "adaround, bias_correction": [channel, learned, "bias_correction"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--steps", type=int, default=1000, help="of adaround, for each layer")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    sys.path.insert(0, str(SHARED / "workloads"))
+    rows: list[dict[str, Any]] = []
+    for network in asked.networks.split(","):
+        for row in network_rows(network, asked.steps):
+            print(f"{network}: {row['way']}: {row['value']:.3f} {row['unit']}", file=sys.stderr)
+            rows.append(row)
+            result = {
+                "command": "python benchmarks/repair.py",
+                "arguments": {"steps": asked.steps, "threads": asked.threads},
+                "environment": environment(),
+                "results": rows,
+            }
+            asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def network_rows(network: str, steps: int) -> Any:
+    """Yield one row for the float network and one for each way."""
+    module, name = NETWORKS[network]
+    workload = importlib.import_module(module)
+    data, net = workload.data(), getattr(workload, network)()
+    test = [b for i, b in enumerate(data["test"]) if i % 2]
+    example = next(iter(data["calibration"]))[name][:2]
+    inputs = Inputs(example={name: example}, dynamic={name: {0: "batch"}})
+    yield {"network": network, "way": "fp32", **scored(network, net, test), "seconds": 0.0}
+
+    def unused(*given: Any, **named: Any) -> Any:
+        raise AssertionError("nothing here trains or times")
+
+    for way, stage in ways(network, steps).items():
+        made: Any = copy.deepcopy(net)
+        began = time.perf_counter()
+        facts: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            context = Context(
+                inputs=inputs,
+                data=Data(calibration=data["calibration"]),
+                target=Target(runtime="onnxruntime"),
+                loss=unused,
+                fit=unused,
+                latency=unused,
+                work_dir=Path(folder),
+                facts=facts,
+            )
+            (configs,) = Recipe.parse({"steps": [stage], "target": "onnxruntime:cpu"}).stages
+            for config in configs:
+                made = technique_of(config).apply(made, config, context)
+        seconds = time.perf_counter() - began
+        yield {
+            "network": network,
+            "way": way,
+            "stage": stage_name(configs),
+            **scored(network, made, test),
+            "seconds": seconds,
+        }
+
+
+def scored(network: str, net: Any, batches: Any) -> dict[str, Any]:
+    """Return accuracy, or perplexity where characters are predicted."""
+    right = count = 0
+    loss = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            labels = batch["labels"]
+            logits = net(**{k: v for k, v in batch.items() if k != "labels"})
+            count += labels.numel()
+            right += int((logits.argmax(-1) == labels).sum())
+            loss += float(F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum"))
+    if network == "gpt":
+        return {"value": float(torch.tensor(loss / count).exp()), "unit": "perplexity"}
+    return {"value": 100 * right / count, "unit": "%"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
