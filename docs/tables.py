@@ -3,8 +3,8 @@
     python docs/tables.py [--check]
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
-compress), `compared` (runs of compare), `peers`, `aa` or `startup`. No figure in it is typed by hand. `--check` changes
-nothing and exits with 1 where a page is not up to date.
+compress), `compared` (runs of compare), `peers`, `repair`, `aa` or `startup`. No figure in it is
+typed by hand. `--check` changes nothing and exits with 1 where a page is not up to date.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "results": results,
         "compared": compared,
         "peers": peers,
+        "repair": repair,
         "aa": self_check,
         "startup": startup,
     }
@@ -92,6 +93,25 @@ def compared(chinese: bool) -> str:
         times = [f"{c[side]:.2f} ms" for side in ("a_ms", "b_ms")]
         ratio = f"{c['speedup']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]"
         rows.append([item["network"], item["runtime"], str(item["batch"]), *times, ratio])
+    return table(head, rows)
+
+
+def repair(chinese: bool) -> str:
+    """One row a way of rounding to 4 bits."""
+    raw = stored("repair")
+    if raw is None:
+        return ""
+    head = (
+        ["network", "rounding", "quality", "seconds"]
+        if not chinese
+        else ["网络", "取整方式", "质量", "秒"]
+    )
+    rows = []
+    for item in raw["results"]:
+        digits = 2 if item["unit"] == "%" else 3
+        shown = f"{item['value']:.{digits}f} {item['unit']}"
+        seconds = f"{item['seconds']:.0f}" if item["seconds"] else ""
+        rows.append([item["network"], item["way"], shown, seconds])
     return table(head, rows)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.context import Context
 from tersor.core.technique import technique
-from tersor.ops.modules import Grid
+from tersor.ops.modules import Grid, GroupedLinear, QuantLinear
 from tersor.ops.twin import Visit, gather, lockstep, twin_of
 
 _STRETCH = (-0.1, 1.1)
@@ -20,7 +20,8 @@ _WARM_UP = 0.2
 """Share of the steps without regularization."""
 _PENALTY = 0.01
 _RATE = 1e-2
-_BATCH = 32
+_BATCH = {True: 256, False: 32}
+"""Rows of a step: tokens of linear layers, images of convolutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +96,20 @@ def _learn(visit: Visit, steps: int, generator: torch.Generator) -> Tensor:
     soft = torch.log(share / (1 - share)).requires_grad_()
     optimizer = torch.optim.Adam([soft], lr=_RATE)
     warm = int(_WARM_UP * steps)
-    wanted = _activated(visit, visit.wanted)
+    linear = isinstance(layer, (QuantLinear, GroupedLinear))
+    x, wanted = visit.x, _activated(visit, visit.wanted)
+    if linear:
+        x, wanted = x.flatten(0, -2), wanted.flatten(0, -2)
+    channels = wanted.shape[1]
     for step in range(steps):
-        rows = torch.randint(0, len(visit.x), (_BATCH,), generator=generator)
+        rows = torch.randint(0, len(x), (_BATCH[linear],), generator=generator)
         with torch.enable_grad():
             up = _stretched(soft)
             codes = (floor + up).clamp(grid.low, grid.high)
-            outputs = layer.compute(visit.x[rows], (codes - grid.zero) * grid.scale)
+            outputs = layer.compute(x[rows], (codes - grid.zero) * grid.scale)
             difference = (_activated(visit, outputs) - wanted[rows]).square()
             # the paper sums over output channels; a sum over all would change with the image size
-            loss = difference.mean() * _channels(visit)
+            loss = difference.mean() * channels
             if step >= warm:
                 done = (step - warm) / max(steps - warm, 1)
                 beta = _BETA[1] + 0.5 * (_BETA[0] - _BETA[1]) * (1 + math.cos(math.pi * done))
@@ -126,10 +131,6 @@ def _weights(visit: Visit) -> Tensor:
     weight = visit.twin.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _channels(visit: Visit) -> int:
-    return visit.wanted.shape[1 if visit.wanted.dim() == 4 else -1]
 
 
 def _activated(visit: Visit, outputs: Tensor) -> Tensor:
