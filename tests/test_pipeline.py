@@ -22,11 +22,11 @@ def recipe(*steps, goal=None, target=EAGER):
     )
 
 
-def run(tmp_path, *steps, net=None, data=None, goal=None, **more):
+def run(tmp_path, *steps, net=None, data=None, goal=None, target=EAGER, **more):
     more.setdefault("metrics", ("size", "fidelity"))
     return compress(
         net if net is not None else networks.tiny_cnn(),
-        recipe(*steps, goal=goal),
+        recipe(*steps, goal=goal, target=target),
         data=data or networks.data(),
         out=tmp_path / "out",
         **more,
@@ -219,6 +219,17 @@ def test_a_step_that_asks_too_much_is_tried_weaker(tmp_path):
     (stage,) = made.report.stages
     assert stage.verdict == "weakened"
     assert "would empty layers" in stage.attempts[0]["reason"]
+
+
+def test_repair_stands_in_the_stage_that_rounds(tmp_path):
+    repaired = [{"static": {"weight_bits": 4}}, "bias_correction", {"adaround": {"steps": 20}}]
+    made = run(tmp_path, "equalize", repaired, target="onnxruntime:cpu")
+    levelled, rounded = made.report.stages
+    assert rounded.facts["bias_correction"]["layers"] == rounded.facts["adaround"]["layers"] == 9
+    assert min(m.value for m in rounded.measurements if m.metric == "fidelity") > 80
+    assert levelled.facts["equalize"]["pairs"] == 3
+    with pytest.raises(StepError, match=r"write them as one stage: \[static, adaround\]"):
+        run(tmp_path / "apart", "static", "adaround")
 
 
 def test_unknown_metric(tmp_path):
