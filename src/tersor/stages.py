@@ -102,17 +102,15 @@ class Run:
             return self._restored(index, found, before)
         started = time.perf_counter()
         name = stage_name(stage)
-        rejected: list[_Trial] = []
+        rejected: list[Mapping[str, Any]] = []
         folder = workspace.begin(self.work, index)
         trial = self._try(index, 0, stage, before, folder)
-        while (
-            not trial.decision.keep and trial.decision.too_strong and len(rejected) < WEAKER_TRIES
-        ):
+        while trial.decision.too_strong and len(rejected) < WEAKER_TRIES:
             weaker = _weaker(trial.stage)
             if weaker is None:
                 break
             trial.close()
-            rejected.append(trial)
+            rejected.append(trial.plain())
             trial = self._try(index, len(rejected), weaker, before, folder)
         done = StageReport(
             name=name,
@@ -123,7 +121,7 @@ class Run:
             seconds=time.perf_counter() - started,
             settings=tuple(_settings(c) for c in trial.stage),
             facts=trial.facts,
-            attempts=tuple(t.plain() for t in rejected),
+            attempts=tuple(rejected),
         )
         after = trial.state
         if after is None or not trial.decision.keep:
