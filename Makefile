@@ -52,10 +52,11 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 ifeq ($(wildcard $(SHARED)/workloads),)
-	@echo 'skipped aa.py and quantization_peers.py: they need the shared data (set TERSOR_SHARED)'
+	@echo 'skipped aa.py, quantization_peers.py and repair.py: they need the shared data (set TERSOR_SHARED)'
 else
 	$(BIN)/python benchmarks/aa.py $(SHARED)/workloads/cifar.py:resnet20 --data $(SHARED)/workloads/cifar.py:data
 	$(BIN)/python benchmarks/quantization_peers.py
+	$(BIN)/python benchmarks/repair.py
 endif
 
 clean:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from tersor.core.errors import DataError, UnfitError
+from tersor.core.layers import Layers
+from tersor.ops.edits import replay, store
 from tersor.ops.modules import QUANTIZED
 from tersor.ops.twin import gather, lockstep, twin_of
 from tersor.quantization.adaround import Adaround, adaround
@@ -241,3 +244,38 @@ def test_fewer_samples_where_activations_are_large(tiny_context: Any, monkeypatc
     made, _, context = rounded(tiny_context)
     monkeypatch.setattr("tersor.ops.twin._LIVE_BYTES", 6 * 4 * 8 * 64 * 10)
     assert len(gather(made, context.data.calibration, context.inputs, 256)["x"]) == 10
+
+
+def test_two_steps_that_round_share_one_twin(tiny_context: Any) -> None:
+    """`static` folds no batch norm under the twin that `weight_only` has remembered."""
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    made = weight_only(copy.deepcopy(net), WeightOnly(layers=Layers(patterns=("fc",))), context)
+    made = static(made, Static(layers=Layers(patterns=("!fc",))), context)
+    assert output_error(twin_of(made, "a test"), net) < 1e-4
+    before = output_error(made, net)
+    assert output_error(bias_correction(made, BiasCorrection(), context), net) < 1.5 * before
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"x": torch.full((4, 1, 8, 8), float("nan"))}, "batch 0: 'x' holds NaN or infinity"),
+        ({"x": torch.zeros(4, 1, 9, 8)}, r"batch 0: 'x' has shape \(4, 1, 9, 8\)"),
+        ({"x": torch.zeros(4, 1, 8, 8, dtype=torch.long)}, "batch 0: 'x' is torch.int64"),
+    ],
+)
+def test_bad_batches_are_named(bad: Any, message: str, tiny_context: Any) -> None:
+    made, _, context = rounded(tiny_context)
+    context = replace(context, data=replace(context.data, calibration=[bad]))
+    with pytest.raises(DataError, match=message):
+        adaround(made, Adaround(steps=1), context)
+
+
+def test_fewer_bits_survive_storing(tiny_context: Any, tmp_path: Path) -> None:
+    made, net, _ = rounded(tiny_context)
+    store(made, net, tmp_path)
+    again = replay(tmp_path, copy.deepcopy(net))
+    for name, layer in made.named_modules():
+        if isinstance(layer, QUANTIZED):
+            assert again.get_submodule(name).bits == layer.bits == 3

@@ -26,7 +26,13 @@ def test_eight_bits_are_a_row_each_by_default(tiny_context: Any) -> None:
     made = weight_only(net, WeightOnly(), context)
     assert isinstance(made.get_submodule("fc"), QuantLinear)
     assert isinstance(made.get_submodule("conv1"), QuantConv2d)
-    assert context.facts == {"layers": 9, "left_in_float": {}, "bits": 8, "group_sizes": {}}
+    assert context.facts == {
+        "layers": 9,
+        "left_in_float": {},
+        "bits": 8,
+        "group_sizes": {},
+        "batch_norms_folded": 7,
+    }
 
 
 def test_four_bits_leave_convolutions(tiny_context: Any) -> None:

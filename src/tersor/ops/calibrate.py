@@ -66,12 +66,25 @@ def sweep(
     runner = _Watcher(captured, set(nodes), look)
     samples = 0
     with torch.no_grad():
-        for index, batch in enumerate(_drawn(batches)):
-            samples += _check(batch, index, inputs)
+        for index, (batch, rows) in enumerate(checked(batches, inputs)):
+            samples += rows
             runner.run_batch(batch, index)
+    return samples
+
+
+def checked(batches: Iterable[Batch], inputs: Inputs) -> Iterator[tuple[Batch, int]]:
+    """Yield each batch that fits, with its number of samples.
+
+    Raises:
+        DataError: as `histograms` says.
+    """
+    samples = 0
+    for index, batch in enumerate(_drawn(batches)):
+        rows = _check(batch, index, inputs)
+        samples += rows
+        yield batch, rows
     if samples == 0:
         raise DataError("the calibration data holds no batch; give a few hundred samples")
-    return samples
 
 
 class _Watcher(fx.Interpreter):

@@ -5,6 +5,8 @@ QuantizeLinear and DequantizeLinear in ONNX. Each has `arguments()`, from which 
 is made; its tensors then come from the state dict.
 """
 
+import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,7 +70,7 @@ class Quantize(nn.Module):
         return f"scale={self.scale:.4g}, zero={self.zero}, codes={self.low}..{self.high}"
 
 
-class _Integer(nn.Module):
+class _Integer(nn.Module, ABC):
     """A layer with int8 weights and one scale for each output channel."""
 
     weight: Tensor
@@ -77,8 +79,6 @@ class _Integer(nn.Module):
     bias: nn.Parameter | None
     bits: int
     """Of a code: 2 to 8; each is kept in a byte."""
-    _names: ClassVar[tuple[str, ...]]
-    """Constructor arguments beside `bias` and `bits`."""
     _axis: ClassVar[int] = 0
     """Output channels among the dimensions of `weight`."""
 
@@ -91,10 +91,7 @@ class _Integer(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        return {
-            **{name: getattr(self, name) for name in self._names},
-            "bias": self.bias is not None,
-        }
+        return _arguments(self)
 
     def values(self) -> Tensor:
         """Return the float weights that the codes stand for."""
@@ -104,14 +101,14 @@ class _Integer(nn.Module):
 
     def grid(self) -> Grid:
         """Return what the codes mean, with one entry for each weight after broadcasting."""
-        shape = [1] * self.weight.dim()
+        shape: list[int] = [1] * self.weight.dim()
         shape[self._axis] = -1
         most = 2 ** (self.bits - 1) - 1
         return Grid(self.scale.view(shape), self.zero.view(shape), -most, most)
 
+    @abstractmethod
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the layer with these float weights."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
@@ -126,15 +123,6 @@ class _IntegerConv(_Integer):
     padding: _Sizes | str
     dilation: _Sizes
     groups: int
-    _names = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-    )
     _dimensions: ClassVar[int]
 
     def __init__(
@@ -187,15 +175,6 @@ class QuantConvTranspose2d(_Integer):
     output_padding: _Sizes
     dilation: _Sizes
     _axis = 1
-    _names = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "output_padding",
-        "dilation",
-    )
 
     def __init__(
         self,
@@ -229,7 +208,6 @@ class QuantLinear(_Integer):
 
     in_features: int
     out_features: int
-    _names = ("in_features", "out_features")
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, bits: int = 8
@@ -288,8 +266,7 @@ class GroupedLinear(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        names = ("in_features", "out_features", "bits", "group_size", "symmetric")
-        return {**{name: getattr(self, name) for name in names}, "bias": self.bias is not None}
+        return _arguments(self)
 
     def values(self) -> Tensor:
         """Return the float weights that the codes stand for."""
@@ -408,6 +385,12 @@ def quantized(layer: nn.Module, scale_O: Tensor, bits: int = 8) -> nn.Module:
     made.weight, made.scale = codes, scale_O
     made.register_parameter("bias", layer.bias)  # type: ignore[arg-type]  # the stubs forget None
     return made.train(layer.training)
+
+
+def _arguments(layer: nn.Module) -> dict[str, Any]:
+    """Return what the constructor was given; each argument is an attribute of the same name."""
+    made = {name: getattr(layer, name) for name in inspect.signature(type(layer)).parameters}
+    return {**made, "bias": layer.bias is not None}
 
 
 def _many(size: _Sizes, count: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tersor.ops.modules import Quantize
+from tersor.ops.rectifiers import rectifier
 
 _ADD: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _CONCAT: set[Any] = {torch.cat, torch.concat, torch.concatenate}
@@ -76,7 +77,6 @@ _POOL: set[Any] = {
     torch.mean,
     "mean",
 }
-_RELU: set[Any] = {F.relu, torch.relu, torch.relu_, F.relu_, F.relu6, "relu", "relu_"}
 _CLAMP: set[Any] = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", F.hardtanh}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -208,7 +208,7 @@ class _Placement:
             module = self.modules[str(node.target)]
             if str(node.target) in self.layers:
                 return "layer"
-            if isinstance(module, (nn.ReLU, nn.ReLU6)) or _clips(module):
+            if rectifier(node, self.modules) or _clips(module):
                 return "activation"
             if isinstance(module, _SHARE_MODULES) or _nearest(module):
                 return "share"
@@ -220,7 +220,7 @@ class _Placement:
             return "other"
         if target in _ADD:
             return "add" if self._is_residual(node) else "other"
-        if target in _RELU or (target in _CLAMP and _clamp_bounds(node)[0] == 0):
+        if rectifier(node, self.modules) or (target in _CLAMP and _clamp_bounds(node)[0] == 0):
             return "activation"
         if "shape" not in _first(node).meta:
             return "other"

@@ -7,7 +7,6 @@ lives until the end of the stage.
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +14,9 @@ from torch import Tensor, fx, nn
 from tersor.core.context import Batch
 from tersor.core.errors import DataError, UnfitError
 from tersor.core.model import Inputs
-from tersor.ops.modules import QUANTIZED
+from tersor.ops.calibrate import checked
+from tersor.ops.modules import QUANTIZED, GroupedLinear, QuantLinear
+from tersor.ops.rectifiers import Rectifier, rectifier
 
 _KEY = "tersor.twin"
 _LIVE_BYTES = 2**30
@@ -61,8 +62,13 @@ class Visit:
     """Input in the quantized network, with everything before it rounded and repaired."""
     wanted: Tensor
     """Output of the twin in the float network."""
-    activation: nn.Module | None
-    """The ReLU that follows and nothing else reads the output, or None."""
+    activation: Rectifier | None
+    """What follows, where nothing else reads the output."""
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether channels are the last dimension of inputs and outputs, else the second."""
+        return isinstance(self.layer, (QuantLinear, GroupedLinear))
 
 
 def lockstep(
@@ -81,18 +87,22 @@ def lockstep(
     calls = [str(n.target) for n in captured.graph.nodes if n.op == "call_module"]
     rounded = {n for n in calls if isinstance(modules[n], QUANTIZED) and calls.count(n) == 1}
     floats = _run(twin, batch, rounded)
+    float_modules = dict(twin.named_modules())
     for node, x, _ in _run(captured, batch, rounded):
         if x is None:
             continue
         name = str(node.target)
-        wanted = next(out for n, _, out in floats if out is not None and str(n.target) == name)
+        beside, wanted = next(
+            (n, out) for n, _, out in floats if out is not None and str(n.target) == name
+        )
+        users = list(beside.users)
         yield Visit(
             name=name,
             layer=modules[name],
-            twin=twin.get_submodule(name),
+            twin=float_modules[name],
             x=x,
             wanted=wanted,
-            activation=_activation(twin, name),
+            activation=rectifier(users[0], float_modules) if len(users) == 1 else None,
         )
 
 
@@ -119,21 +129,6 @@ def _run(
             del interpreter.env[last]
 
 
-def _activation(twin: fx.GraphModule, name: str) -> nn.Module | None:
-    node = next(n for n in twin.graph.nodes if n.op == "call_module" and n.target == name)
-    users = list(node.users)
-    if len(users) != 1:
-        return None
-    user = users[0]
-    if user.op == "call_module":
-        module = twin.get_submodule(str(user.target))
-        return module if isinstance(module, (nn.ReLU, nn.ReLU6)) else None
-    return nn.ReLU() if user.target in _RELU else None
-
-
-_RELU: set[Any] = {torch.relu, torch.relu_, nn.functional.relu, "relu", "relu_"}
-
-
 def gather(
     captured: fx.GraphModule, batches: Iterable[Batch] | None, inputs: Inputs, samples: int
 ) -> dict[str, Tensor]:
@@ -142,7 +137,7 @@ def gather(
     Fewer than `samples` are taken where activations are so large that they would fill the memory.
 
     Raises:
-        DataError: no batch, or one lacks an input.
+        DataError: no batch, or one that does not fit; names it.
     """
     if batches is None:
         raise DataError("calibration data is needed: a few hundred samples, without labels")
@@ -156,10 +151,7 @@ def gather(
     samples = max(min(samples, room), 1)
     parts: dict[str, list[Tensor]] = {name: [] for name in inputs.example}
     count = 0
-    for index, batch in enumerate(batches):
-        missing = [name for name in parts if name not in batch]
-        if missing:
-            raise DataError(f"calibration batch {index} has no {missing[0]!r}")
+    for batch, _ in checked(batches, inputs):
         shapes = {n: batch[n].shape[1:] for n in parts}
         if count and any(parts[n][0].shape[1:] != shape for n, shape in shapes.items()):
             continue
@@ -168,6 +160,4 @@ def gather(
         count += len(next(iter(parts.values()))[-1])
         if count >= samples:
             break
-    if not count:
-        raise DataError("the calibration data holds no batch; give a few hundred samples")
     return {name: torch.cat(own) for name, own in parts.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.context import Context
 from tersor.core.technique import technique
-from tersor.ops.modules import Grid, GroupedLinear, QuantLinear
+from tersor.ops.modules import Grid
 from tersor.ops.twin import Visit, gather, lockstep, twin_of
 
 _STRETCH = (-0.1, 1.1)
@@ -96,13 +96,12 @@ def _learn(visit: Visit, steps: int, generator: torch.Generator) -> Tensor:
     soft = torch.log(share / (1 - share)).requires_grad_()
     optimizer = torch.optim.Adam([soft], lr=_RATE)
     warm = int(_WARM_UP * steps)
-    linear = isinstance(layer, (QuantLinear, GroupedLinear))
     x, wanted = visit.x, _activated(visit, visit.wanted)
-    if linear:
+    if visit.channels_last:
         x, wanted = x.flatten(0, -2), wanted.flatten(0, -2)
     channels = wanted.shape[1]
     for step in range(steps):
-        rows = torch.randint(0, len(x), (_BATCH[linear],), generator=generator)
+        rows = torch.randint(0, len(x), (_BATCH[visit.channels_last],), generator=generator)
         with torch.enable_grad():
             up = _stretched(soft)
             codes = (floor + up).clamp(grid.low, grid.high)
@@ -136,7 +135,7 @@ def _weights(visit: Visit) -> Tensor:
 def _activated(visit: Visit, outputs: Tensor) -> Tensor:
     if visit.activation is None:
         return outputs
-    return F.relu6(outputs) if isinstance(visit.activation, nn.ReLU6) else F.relu(outputs)
+    return F.relu6(outputs) if visit.activation == "relu6" else F.relu(outputs)
 
 
 def _error(visit: Visit, weight: Tensor) -> float:

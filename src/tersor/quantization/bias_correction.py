@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tersor.core.context import Context
 from tersor.core.technique import technique
-from tersor.ops.modules import GroupedLinear, QuantLinear
 from tersor.ops.twin import gather, lockstep, twin_of
 
 
@@ -45,7 +44,8 @@ def bias_correction(net: nn.Module, config: BiasCorrection, context: Context) ->
     for visit in lockstep(net, twin, batch):
         with torch.no_grad():
             error = visit.wanted - visit.layer(visit.x)
-        shift_O = _channel_means(error, visit.layer)
+        dimension = error.dim() - 1 if visit.channels_last else 1
+        shift_O = error.mean([d for d in range(error.dim()) if d != dimension])
         spread = float(visit.wanted.std()) or 1.0
         shifts[visit.name] = float(shift_O.abs().mean()) / spread
         bias = visit.layer.bias
@@ -55,9 +55,3 @@ def bias_correction(net: nn.Module, config: BiasCorrection, context: Context) ->
         visit.layer.bias = nn.Parameter(old + shift_O, requires_grad=True)
     context.record(layers=len(shifts), samples=len(next(iter(batch.values()))), mean_shift=shifts)
     return net
-
-
-def _channel_means(error: Tensor, layer: nn.Module) -> Tensor:
-    """Average over all but the channels: the last dimension of linear layers, else the second."""
-    dimension = error.dim() - 1 if isinstance(layer, (QuantLinear, GroupedLinear)) else 1
-    return error.mean([d for d in range(error.dim()) if d != dimension])

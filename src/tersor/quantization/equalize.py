@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,24 +13,14 @@ from tersor.core.errors import UnfitError
 from tersor.core.technique import technique
 from tersor.ops.capture import capture
 from tersor.ops.fold import fold_batch_norms
+from tersor.ops.rectifiers import rectifier
 
 # C channels between the two layers of a pair.
 
 _ENOUGH = 1e-3
 """Sweeps end when no channel's factor is further from 1 than this."""
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
-_FUNCTIONS: set[Any] = {
-    torch.relu,
-    torch.relu_,
-    nn.functional.relu,
-    nn.functional.leaky_relu,
-    "relu",
-    "relu_",
-}
-
-
-_RELU6: set[Any] = {nn.functional.relu6}
+_LEAKY = (nn.LeakyReLU, nn.PReLU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +81,7 @@ def equalize(net: nn.Module, config: Equalize, context: Context) -> nn.Module:
 
 def _replace_relu6(captured: fx.GraphModule) -> int:
     modules = dict(captured.named_modules())
-    found = [n for n in captured.graph.nodes if _calls(n, modules, (nn.ReLU6,), _RELU6)]
+    found = [n for n in captured.graph.nodes if rectifier(n, modules) == "relu6"]
     for node in found:
         if node.op == "call_module":
             captured.set_submodule(str(node.target), nn.ReLU())
@@ -102,15 +91,11 @@ def _replace_relu6(captured: fx.GraphModule) -> int:
     return len(found)
 
 
-def _calls(
-    node: fx.Node,
-    modules: Mapping[str, nn.Module],
-    kinds: tuple[type[nn.Module], ...],
-    functions: set[Any],
-) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules[str(node.target)], kinds)
-    return node.target in functions
+def _passes_scale(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether f(s x) = s f(x) for each channel and s > 0."""
+    if node.op == "call_module" and isinstance(modules[str(node.target)], _LEAKY):
+        return True
+    return rectifier(node, modules) == "relu" or node.target is nn.functional.leaky_relu
 
 
 def _pairs(
@@ -137,9 +122,9 @@ def _pairs(
         at, six = node, False
         while len(at.users) == 1:
             at = next(iter(at.users))
-            if _calls(at, modules, (nn.ReLU6,), _RELU6):
+            if rectifier(at, modules) == "relu6":
                 six = True
-            elif not _calls(at, modules, _ACTIVATIONS, _FUNCTIONS):
+            elif not _passes_scale(at, modules):
                 break
         second = layer_of(at) if at is not node else None
         if second is None or not _fit(first, second):

@@ -28,7 +28,7 @@ class Static:
     """Settings of static quantization."""
 
     bits: Literal[8] = 8
-    """Bits of activations, and of weights unless `weight_bits` says otherwise."""
+    """Bits of activations."""
     weight_bits: int = 8
     """Bits of weights, 2 to 8. Runtimes compute with bytes: fewer bits lose accuracy, save nothing
     by themselves, and compress better."""

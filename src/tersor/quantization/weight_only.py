@@ -10,6 +10,7 @@ from tersor.core.errors import ModelError, RecipeError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops.capture import capture
+from tersor.ops.fold import fold_batch_norms
 from tersor.ops.modules import GroupedLinear, check_patterns, quantized, rows, why_not
 from tersor.ops.quantize import channel_scales, group_codes
 from tersor.ops.twin import remember
@@ -43,13 +44,15 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
 
     Rounding is to nearest; `adaround` in the same stage learns it. The runtimes multiply in
     float32; whether that is faster than float weights depends on memory bandwidth. Convolutions get
-    one symmetric scale for each output channel whatever the group size.
+    one symmetric scale for each output channel whatever the group size. Batch norms are folded
+    first, which changes no code: a channel's scale takes them in.
 
     Raises:
         RecipeError: the group size does not divide a layer's columns; a pattern matches no layer.
         ModelError: weights are NaN or infinite.
     """
     captured = capture(net.eval(), context.inputs)
+    folded = fold_batch_norms(captured, context.inputs)
     called = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
     layers = {
         name: layer
@@ -79,7 +82,13 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
         except ValueError as error:
             raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
     sizes = {n: m.group_size for n, m in captured.named_modules() if isinstance(m, GroupedLinear)}
-    context.record(layers=len(chosen), left_in_float=left, bits=config.bits, group_sizes=sizes)
+    context.record(
+        layers=len(chosen),
+        left_in_float=left,
+        bits=config.bits,
+        group_sizes=sizes,
+        batch_norms_folded=folded,
+    )
     return captured
 
 
