@@ -234,8 +234,10 @@ def test_the_pipeline_leaves_the_callers_network_untouched(name: str, tmp_path: 
     net = copy.deepcopy(done.original)
     structure = [(path, type(layer)) for path, layer in net.named_modules()]
     model = Model(net=net, form="module", origin="test")
+    before = () if done.after is None else (plugins.technique(done.after).config(),)
     recipe = Recipe(
-        stages=((done.config,),), target=Target(runtime="onnxruntime", options={"threads": 1})
+        stages=((*before, done.config),),
+        target=Target(runtime="onnxruntime", options={"threads": 1}),
     )
     if getattr(done.result, "tersor_precision", None):
         recipe = dataclasses.replace(
