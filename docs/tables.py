@@ -161,45 +161,67 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def peers(chinese: bool) -> str:
-    """Our int8 beside that of others: accuracy, size, and speed against fp32."""
+    """Our int8 beside that of others: quality, speed against fp32, size, and what it costs."""
     del chinese  # on an English page only
     raw = stored("quantization_peers")
-    if raw is None:
+    if raw is None or "verdicts" not in raw:  # a report from before costs were measured
         return ""
-    head = [
-        "network",
-        "runtime",
-        "int8 by",
-        "accuracy",
-        "points to fp32, 95 %",
-        "size",
-        "batch 1",
-        "batch 8",
-    ]
+    head = ["network", "runtime", "int8 by", "accuracy, 95 %", "batch 1", "batch 8", "size"]
+    head += ["seconds", "peak memory"]
     rows = []
     for r in raw["results"]:
-        change = r["accuracy_minus"]["fp32"]
-        is_fp32 = r["contestant"] == "fp32"
-        rows.append(
-            [
-                r["network"],
-                r["runtime"],
-                "(fp32)" if is_fp32 else r["contestant"],
-                f"{r['accuracy']:.2f} %",
-                "" if is_fp32 else "{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**change),
-                f"{r['size_bytes'] / 1e3:.0f} kB",
-                *(raced(r["latency"][batch], is_fp32) for batch in ("batch 1", "batch 8")),
-            ]
-        )
+        name = "(fp32)" if r["contestant"] == "fp32" else r["contestant"]
+        cells = [r["network"], r["runtime"], name]
+        if "fails" in r:
+            rows.append([*cells, f"fails: {r['fails']}", "", "", "", "", ""])
+            continue
+        low, high = r["accuracy_spread"]
+        unit = " mIoU" if r["metric"] == "mean IoU" else ""
+        cells.append(f"{r['accuracy']:.2f} %{unit} [{low:.2f}, {high:.2f}]")
+        cells += [raced(r["latency"][b], name == "(fp32)") for b in ("batch 1", "batch 8")]
+        cells.append(f"{r['size_bytes'] / 1e3:.0f} kB")
+        cost = r["quantize"]
+        memory = f"{cost['peak_bytes_with_export'] / 1e6:.0f} MB"
+        rows.append([*cells, f"{cost['seconds_with_export']:.1f}", memory])
     packages = ", ".join(raw["peers"])
-    return table(head, rows) + f"\nPeers: {packages}. `{raw['command']}`\n"
+    return (
+        table(head, rows)
+        + "\n"
+        + judged(raw["verdicts"])
+        + f"\nPeers: {packages}. `{raw['command']}`\n"
+    )
 
 
 def raced(found: Plain, is_fp32: bool) -> str:
     """Render milliseconds of fp32, and of the others how many times faster they are."""
     if is_fp32:
         return f"{found['ms']:.2f} ms"
-    return "{speedup:.2f}x [{low:.2f}, {high:.2f}]".format(**found["times_faster_than"]["fp32"])
+    return "{speedup:.2f}x [{low:.2f}, {high:.2f}]".format(**found["times_faster_than_fp32"])
+
+
+def judged(verdicts: list[Plain]) -> str:
+    """One row a file of ours on a runtime: how it stands to its peers."""
+    head = ["network", "runtime", "ours", "accuracy minus the best peer's, 95 %", "not worse"]
+    head += ["better than every peer", "latency as the best peer's or better"]
+    head += ["time ratio, all peers", "same runtime"]
+    rows = []
+    for v in verdicts:
+        best = min((p["accuracy"] for p in v["peers"].values()), key=lambda a: a["points"])
+        rows.append(
+            [
+                v["network"],
+                v["runtime"],
+                v["contestant"],
+                "{points:+.2f} [{low:+.2f}, {high:+.2f}]".format(**best),
+                *(
+                    "yes" if v[key] else "**no**"
+                    for key in ("not_worse", "better_than_every_peer", "latency_within_noise")
+                ),
+                f"{v['time_ratio']:.2f}",
+                f"{v['same_runtime_time_ratio']:.2f}",
+            ]
+        )
+    return table(head, rows)
 
 
 def self_check(chinese: bool) -> str:

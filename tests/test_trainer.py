@@ -97,7 +97,14 @@ def test_parts_of_an_epoch(epochs: float, count: int) -> None:
     steps: list[int] = []
     net = plain()
     before = copy.deepcopy(net)
-    fit(net, loss, batches=Shuffled(), epochs=epochs, on_step=steps.append, threads=1)
+    fit(
+        net,
+        loss,
+        batches=Shuffled(),
+        epochs=epochs,
+        on_step=lambda step, _: steps.append(step),
+        threads=1,
+    )
     assert steps == list(range(1, count + 1))
     assert same(net, before) is (count == 0)
 
@@ -108,7 +115,14 @@ def test_batches_without_a_length() -> None:
             return iter(networks.split(0, 192))
 
     steps: list[int] = []
-    fit(plain(), loss, batches=Stream(), epochs=2, on_step=steps.append, threads=1)
+    fit(
+        plain(),
+        loss,
+        batches=Stream(),
+        epochs=2,
+        on_step=lambda step, _: steps.append(step),
+        threads=1,
+    )
     assert len(steps) == 6
 
 
@@ -163,7 +177,7 @@ def test_resumed_to_the_bit(optimizer: Any, stop: int, tmp_path: Path) -> None:
     whole = fit(plain(), loss, batches=Shuffled(), epochs=2, seed=1, threads=1, optimizer=optimizer)
     file = tmp_path / "deep" / "checkpoint.safetensors"
 
-    def interrupt(step: int) -> None:
+    def interrupt(step: int, _: int) -> None:
         if step == stop + 1:
             raise StoppedError
 
@@ -178,18 +192,23 @@ def test_resumed_to_the_bit(optimizer: Any, stop: int, tmp_path: Path) -> None:
         fit(plain(), loss, batches=Shuffled(), on_step=interrupt, checkpoint_every_s=0, **run)
     assert [p.name for p in file.parent.iterdir()] == [file.name]
     steps: list[int] = []
-    resumed = fit(plain(), loss, batches=Shuffled(), on_step=steps.append, **run)
+    resumed = fit(
+        plain(), loss, batches=Shuffled(), on_step=lambda step, _: steps.append(step), **run
+    )
     assert steps == list(range(stop + 1, 11))
     assert same(resumed, whole)
     steps.clear()
-    assert same(fit(plain(), loss, batches=Shuffled(), on_step=steps.append, **run), whole)
+    assert same(
+        fit(plain(), loss, batches=Shuffled(), on_step=lambda step, _: steps.append(step), **run),
+        whole,
+    )
     assert steps == []
 
 
 def test_every_epoch_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.safetensors"
 
-    def interrupt(step: int) -> None:
+    def interrupt(step: int, _: int) -> None:
         if step == 8:
             raise StoppedError
 
@@ -210,7 +229,7 @@ def test_every_epoch_is_kept(tmp_path: Path) -> None:
         batches=Shuffled(),
         epochs=2,
         checkpoint=file,
-        on_step=steps.append,
+        on_step=lambda step, _: steps.append(step),
         threads=1,
     )
     assert steps[0] == 6
@@ -230,13 +249,21 @@ def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path) -> None:
             loss,
             batches=Shuffled(),
             checkpoint=file,
-            on_step=steps.append,
+            on_step=lambda step, _, steps=steps: steps.append(step),
             threads=1,
             **run,
         )
         assert steps[0] == 1
     steps = []
-    fit(other, loss, batches=Shuffled(), epochs=1, checkpoint=file, on_step=steps.append, threads=1)
+    fit(
+        other,
+        loss,
+        batches=Shuffled(),
+        epochs=1,
+        checkpoint=file,
+        on_step=lambda step, _: steps.append(step),
+        threads=1,
+    )
     assert steps[0] == 1
 
 
@@ -272,7 +299,7 @@ def test_not_finite_keeps_the_weights_before(where: str) -> None:
             batches=Shuffled(),
             epochs=1,
             threads=1,
-            on_step=lambda _: kept.append(
+            on_step=lambda *_: kept.append(
                 {k: v.detach().clone() for k, v in net.named_parameters()}
             ),
         )

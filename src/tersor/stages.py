@@ -24,6 +24,7 @@ from tersor.core.report import LimitReport, Ratio, Report, StageReport, Verdict
 from tersor.core.schema import Mistakes, changed, from_plain, to_plain
 from tersor.core.statistics import Comparison
 from tersor.ops import edits, losses, pt2
+from tersor.ops.fake_quantize import settle
 from tersor.ops.lower import form_of, lower
 from tersor.verdict import SPEEDS, Decision, Evidence, check_limits, judge
 
@@ -224,6 +225,7 @@ class Run:
             if form_of(net) == "module":
                 net.eval()
             facts[step.name] = to_plain(own)
+        net = settle(net)
         gc.collect()
         return self._measured(net, folder / "tries" / str(attempt)), facts
 

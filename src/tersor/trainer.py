@@ -46,7 +46,7 @@ def fit(
     groups: Any = None,
     seed: int = 0,
     checkpoint: Path | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
     optimizer: Literal["auto", "sgd", "adamw"] = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     threads: int = 0,
@@ -70,7 +70,7 @@ def fit(
         seed: Decides dropout and the order of batches.
         checkpoint: A file, written every epoch and every `checkpoint_every_s` seconds. If it holds
             a state of this very run, training goes on from there.
-        on_step: Called after each step with the number of steps done.
+        on_step: Called after each step with the number of steps done, and of all.
         optimizer: "auto": SGD where most parameters are convolutions', else AdamW.
         precision: Of forward passes; "auto": bfloat16 where this processor computes with it and the
             network is one that gains.
@@ -105,7 +105,7 @@ def fit(
                 _step(net, loss, batch, made, kind, low, step)
                 step += 1
                 if on_step:
-                    on_step(step)
+                    on_step(step, num_steps)
                 late = time.monotonic() - last_saved > checkpoint_every_s
                 if checkpoint and (step == num_steps or step % per_epoch == 0 or late):
                     _save(checkpoint, run, net, made, step)

@@ -18,6 +18,7 @@ from tersor.core.context import Context, Data
 from tersor.core.errors import DataError, TargetError, UnfitError
 from tersor.core.runtime import Target
 from tersor.core.technique import Technique
+from tersor.ops.fake_quantize import settle
 from tersor.ops.lower import lower
 from tests import networks
 
@@ -127,7 +128,7 @@ def _apply(
         given = lower(given, technique.form, networks.inputs())
         context = honest_context(technique, original, folder, runtime=runtime, labels=labels)
         try:
-            return technique.apply(given, config, context)
+            return settle(technique.apply(given, config, context))
         except DataError as error:
             # labels that only a setting asks for: the message must name the setting
             if labels or not re.search(r"no labels; .* or set \w+: ", str(error)):

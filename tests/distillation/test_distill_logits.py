@@ -47,6 +47,7 @@ def test_the_loss_written_out(tiny_context: Make) -> None:
         "lr": 0.01,
         "seed": 0,
         "checkpoint": context.work_dir / "distill_logits.safetensors",
+        "on_step": None,
     }
 
 

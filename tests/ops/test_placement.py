@@ -52,6 +52,13 @@ def test_residual_network_is_rounded_between_all_integer_operators() -> None:
     assert all(users is None for p in found[1:5] for users in p.places.values())
 
 
+@pytest.mark.parametrize("runtime", ["openvino", "tensorrt"])
+def test_a_convolution_that_is_added_inside_is_not_rounded(runtime: str) -> None:
+    captured, _ = points(Residual(), 3, 8, 8)
+    found = place(captured, ["conv1", "conv2", "conv3", "head"], runtime)
+    assert names(found) == [{"x"}, {"relu"}, {"relu_1"}, {"relu_2"}, {"mean"}]
+
+
 def test_output_stays_in_float() -> None:
     captured, found = points(Residual(), 3, 8, 8)
     insert(captured, [(p, Quantize(0.1, 0)) for p in found])

@@ -182,7 +182,7 @@ def test_missing_calibration(tiny_context: Any) -> None:
     context = tiny_context(net)
     context = replace(context, data=replace(context.data, calibration=None))
     with pytest.raises(
-        DataError, match="static needs calibration data: a few hundred samples, without labels"
+        DataError, match="calibration data is needed: a few hundred samples, without labels"
     ):
         static(net, Static(), context)
 

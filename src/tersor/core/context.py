@@ -57,9 +57,12 @@ class Fit(Protocol):
         groups: Any = None,
         seed: int = 0,
         checkpoint: Path | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
     ) -> "nn.Module":
-        """Train `net` to a lower `loss`; return it in eval mode."""
+        """Train `net` to a lower `loss`; return it in eval mode.
+
+        `on_step` is called after each step with the number of steps done, and of all.
+        """
         ...
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tersor.core.context import Batch, Context
 from tersor.core.errors import DataError, StepError
 from tersor.core.technique import technique
+from tersor.ops.fake_quantize import late
 from tersor.ops.losses import LABELS, call, class_dimension, divergence, first_output, infer_loss
 
 
@@ -86,4 +87,5 @@ def distill_logits(net: nn.Module, config: DistillLogits, context: Context) -> n
         lr=config.lr,
         seed=context.seed,
         checkpoint=context.work_dir / "distill_logits.safetensors",
+        on_step=late(net),
     )

@@ -7,6 +7,7 @@ from torch import nn
 from tersor.core.context import Context
 from tersor.core.errors import DataError
 from tersor.core.technique import technique
+from tersor.ops.fake_quantize import late
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +45,5 @@ def finetune(net: nn.Module, config: Finetune, context: Context) -> nn.Module:
         lr=config.lr,
         seed=context.seed,
         checkpoint=context.work_dir / "finetune.safetensors",
+        on_step=late(net),
     )

@@ -12,7 +12,7 @@ from tersor.core.runtime import Arrays
 Shape = tuple[int, ...]
 _INNER = ("MatMul", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
 _CONV = ("Conv", "ConvInteger", "QLinearConv", "FusedConv")
-_RECURRENT = ("LSTM", "GRU", "RNN")
+_RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 _CODES = {
     "DequantizeLinear": (0,),
     "QuantizeLinear": (0,),
@@ -20,6 +20,7 @@ _CODES = {
     "ConvInteger": (0, 1),
     "QLinearConv": (0, 3, 8),
     "QLinearMatMul": (0, 3),
+    "DynamicQuantizeLSTM": (1, 2, 3),
 }
 """Inputs that hold numbers of the network; the others are scales and zero points."""
 COUNTED = (

@@ -303,7 +303,8 @@ class GroupedLinear(nn.Module):
         return self.compute(x, self.values())
 
 
-QUANTIZED = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear, GroupedLinear)
+INTEGER = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear)
+QUANTIZED = (*INTEGER, GroupedLinear)
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -330,14 +331,16 @@ def check_patterns(layers: Layers, names: list[str]) -> None:
         raise RecipeError(f"layers: pattern {wrong[0]!r} matches no layer.{nearest}")
 
 
+def channels_of(layer: nn.Module) -> int:
+    """Tell which dimension of a layer's weights its output channels are."""
+    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+
+
 def rows(layer: nn.Module) -> Tensor:
     """Return a layer's weights with one row for each output channel, (O, I)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    weight = weight.detach()
-    if isinstance(layer, nn.ConvTranspose2d):
-        weight = weight.transpose(0, 1)
-    return weight.flatten(1)
+    return weight.detach().transpose(0, channels_of(layer)).flatten(1)
 
 
 def quantized(layer: nn.Module, scale_O: Tensor, bits: int = 8) -> nn.Module:

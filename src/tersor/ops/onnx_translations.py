@@ -11,11 +11,15 @@ import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 
+import tersor.ops.dynamic  # noqa: F401  # registers torch.ops.tersor
+
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Map torch operators to functions that write them in ONNX."""
-    from onnxscript import ir
+    from onnxscript import evaluator, ir
     from onnxscript import opset21 as op
+
+    write: Any = op  # its annotations know values of scripts alone
 
     def dequantize_per_channel_group(
         codes: Any,
@@ -39,8 +43,63 @@ def translations() -> dict[Any, Callable[..., Any]]:
         zeros = op.Cast(zeros, to=kind)
         return op.DequantizeLinear(codes, scales, zeros, axis=1, block_size=group_size)
 
-    group = torch.ops.quantized_decomposed.dequantize_per_channel_group.default
-    return {group: dequantize_per_channel_group}
+    def dynamic_linear(x: Any, codes: Any, scale: Any, bias: Any) -> Any:
+        taken, step, zero = op.DynamicQuantizeLinear(x)
+        product = op.MatMulInteger(taken, op.Transpose(codes, perm=[1, 0]), zero)
+        made = op.Mul(op.Cast(product, to=ir.DataType.FLOAT), op.Mul(step, scale))
+        return made if bias is None else op.Add(made, bias)
+
+    def dynamic_lstm(
+        x: Any,
+        weight: Any,
+        weight_scale: Any,
+        recurrent: Any,
+        recurrent_scale: Any,
+        bias: Any,
+        hidden: Any,
+        cell: Any,
+    ) -> Any:
+        sides, units, gates = recurrent.shape
+        zeros: Any = write.Constant(value=ir.tensor(np.zeros((sides, gates), np.int8)))
+        node: Any = ir.Node(
+            "com.microsoft",
+            "DynamicQuantizeLSTM",
+            [
+                x,
+                weight,
+                recurrent,
+                bias,
+                None,
+                hidden,
+                cell,
+                None,
+                weight_scale,
+                zeros,
+                recurrent_scale,
+                zeros,
+            ],
+            [
+                ir.AttrInt64("hidden_size", units),
+                ir.AttrString("direction", "bidirectional" if sides == 2 else "forward"),
+            ],
+            num_outputs=3,
+        )
+        # the exporter's recorder; onnxscript itself knows no operators of other domains
+        recorder: Any = evaluator.default()
+        recorder.nodes.append(node)
+        outputs, last, last_cell = node.outputs
+        for made in node.outputs:
+            made.dtype = ir.DataType.FLOAT
+        shape = write.Constant(value_ints=[0, 0, -1])
+        return write.Reshape(write.Transpose(outputs, perm=[0, 2, 1, 3]), shape), last, last_cell
+
+    return {
+        torch.ops.quantized_decomposed.dequantize_per_channel_group.default: (
+            dequantize_per_channel_group
+        ),
+        torch.ops.tersor.dynamic_linear.default: dynamic_linear,
+        torch.ops.tersor.dynamic_lstm.default: dynamic_lstm,
+    }
 
 
 def finish(model: Any) -> Any:

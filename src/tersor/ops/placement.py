@@ -9,7 +9,8 @@ between integer operators is rounded, once:
 - outputs of convolutions, after the ReLU, ReLU6 or clamp that runtimes fuse into them, never before
   it
   (but not where only reshaping follows, as where patches become the tokens of a transformer);
-- both inputs and the output of an addition that joins convolutions (its ReLU again included);
+- both inputs and the output of an addition that joins convolutions (its ReLU again included), but
+  not the convolution that OpenVINO and TensorRT compute the addition in;
 - inputs and output of a concatenation, all with one scale;
 - what merely moves or selects numbers (max pooling, padding with zeros, slicing, reshaping, nearest
   resizing) keeps the scale of its input;
@@ -31,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tersor.ops.modules import Quantize
 from tersor.ops.rectifiers import rectifier
 
 _ADD: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -95,21 +95,27 @@ class Point:
     """Of the first node."""
 
 
-def place(captured: fx.GraphModule, layers: Collection[str]) -> list[Point]:
+ADDS_IN_CONVOLUTIONS = ("openvino", "tensorrt")
+"""Runtimes that add a residual inside the convolution before it, on its unrounded sums."""
+
+
+def place(captured: fx.GraphModule, layers: Collection[str], runtime: str = "") -> list[Point]:
     """Decide where to round.
 
     Args:
         captured: Network in eval mode with shapes and dtypes in `meta`, batch norms folded.
         layers: Names of the convolutions and linear layers that get integer weights.
+        runtime: Of the target. Where it is one of `ADDS_IN_CONVOLUTIONS`, a convolution that is
+            added to another tensor is not rounded before: it would not be there either.
 
     Returns:
         Points in the order of the graph.
     """
-    return _Placement(captured, layers).points()
+    return _Placement(captured, layers, runtime in ADDS_IN_CONVOLUTIONS).points()
 
 
-def insert(captured: fx.GraphModule, rounded: Iterable[tuple[Point, Quantize]]) -> None:
-    """Put a call of `Quantize` behind each place; modules become `rounding.0`, `rounding.1` ..."""
+def insert(captured: fx.GraphModule, rounded: Iterable[tuple[Point, nn.Module]]) -> None:
+    """Put a call of each rounding behind its places; modules become `rounding.0` and so on."""
     for i, (point, module) in enumerate(rounded):
         name = f"rounding.{_first_free(captured, i)}"
         captured.add_submodule(name, module)
@@ -136,7 +142,9 @@ def _first_free(captured: fx.GraphModule, start: int) -> int:
 
 
 class _Placement:
-    def __init__(self, captured: fx.GraphModule, layers: Collection[str]) -> None:
+    def __init__(
+        self, captured: fx.GraphModule, layers: Collection[str], adds_inside: bool
+    ) -> None:
         self.modules = dict(captured.named_modules())
         self.nodes = list(captured.graph.nodes)
         self.layers = set(layers)
@@ -145,6 +153,7 @@ class _Placement:
         for node in self.nodes:
             self.integer[node] = self._may_be_integer(node)
         self.wanted_memo: dict[fx.Node, bool] = {}
+        self.inside = {found for n in self.nodes if adds_inside and (found := self._added(n))}
 
     def points(self) -> list[Point]:
         places: dict[fx.Node, set[fx.Node] | None] = {}
@@ -162,12 +171,16 @@ class _Placement:
             kind = self.kinds[node]
             if kind == "layer":
                 round_for(_first(node), node)
+                if node in self.inside:
+                    continue
                 if self._is_convolution(node) and self._writes_codes(node):
                     round_all(self._tail(node))
             elif not (self.integer[node] and self._wanted(node)):
                 continue
             elif kind in ("add", "concat"):
                 for operand in _operands(node):
+                    if operand in self.inside:
+                        continue
                     round_for(operand, node)
                     if kind == "concat":
                         shared.join(node, operand)
@@ -250,6 +263,13 @@ class _Placement:
         if kind in ("share", "activation", "pool"):
             return self.integer[_first(node)]
         return False
+
+    def _added(self, node: fx.Node) -> fx.Node | None:
+        """Return the convolution that an integer addition can be computed in."""
+        if self.kinds[node] != "add" or not (self.integer[node] and self._wanted(node)):
+            return None
+        alone = [o for o in _operands(node) if self._is_convolution(o) and len(o.users) == 1]
+        return alone[-1] if alone else None
 
     def _feeds_layer(self, node: fx.Node) -> bool:
         return any(self.kinds[user] == "layer" for user in node.users)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tersor.ops.fake_quantize import late
+
 
 @cache
 def computes_bf16() -> bool:
@@ -20,7 +22,12 @@ def computes_bf16() -> bool:
 
 
 def gains_from_bf16(net: nn.Module) -> bool:
-    """Tell whether a network runs faster in bfloat16: dense convolutions hold most of it."""
+    """Tell whether a network runs faster in bfloat16: dense convolutions hold most of it.
+
+    Not while rounding is trained: bfloat16 has too few bits for the codes.
+    """
+    if late(net) is not None:
+        return False
     kernels = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     dense = sum(m.weight.numel() for m in kernels)
     total = sum(p.numel() for p in net.parameters())

@@ -18,6 +18,7 @@ from zipfile import ZipFile
 
 import torch
 
+import tersor.ops.dynamic  # noqa: F401  # registers torch.ops.tersor
 from tersor.core.errors import ModelError
 from tersor.core.sniffing import foreign, zip_problem
 from tersor.ops.expressions import unsafe_guard, unsafe_size

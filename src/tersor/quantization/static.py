@@ -1,26 +1,22 @@
 """Static: weights and activations as 8-bit integers, with ranges measured on calibration data."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, Self
 
-from torch import fx, nn
+from torch import nn
 
 from tersor.core.context import Context
-from tersor.core.errors import DataError, ModelError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
-from tersor.ops import calibrators
-from tersor.ops.calibrate import histograms
-from tersor.ops.capture import annotate, capture
+from tersor.ops.capture import capture
 from tersor.ops.fold import fold_batch_norms
-from tersor.ops.modules import Quantize, check_patterns, quantized, rows, why_not
-from tersor.ops.placement import Point, insert, place
-from tersor.ops.quantize import activation_grid, channel_scales
-from tersor.ops.twin import remember
-
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
+from tersor.quantization._integer import (
+    Calibrator,
+    choose,
+    make_integer,
+    measure_ranges,
+    weight_scales,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +26,11 @@ class Static:
     bits: Literal[8] = 8
     """Bits of activations."""
     weight_bits: int = 8
-    """Bits of weights, 2 to 8. Runtimes compute with bytes: fewer bits lose accuracy, save nothing
-    by themselves, and compress better."""
+    """Bits of weights, 2 to 8. Runtimes compute with bytes: fewer bits save no time; files for ONNX
+    Runtime hold them packed."""
     weight_range: Literal["max", "mse"] = "max"
     """Where a channel's codes end: at its largest weight, or where the squared error is least."""
-    calibrator: Literal["min_max", "percentile", "entropy", "mse"] = "min_max"
+    calibrator: Calibrator = "min_max"
     """How ranges follow from histograms of activations."""
     percentile: float = 99.99
     """Share of the values that calibrator `percentile` keeps, in percent, in (50, 100]."""
@@ -74,116 +70,33 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
     """
     captured = capture(net.eval(), context.inputs)
     folded = fold_batch_norms(captured, context.inputs)
-    chosen, left = _choose(captured, config)
+    chosen, left = choose(captured, config.layers)
+    if config.float_ends:
+        ends = {*chosen[:1], *chosen[-1:]}
+        chosen = [name for name in chosen if name not in ends]
+        left.update(dict.fromkeys(sorted(ends), "first or last layer"))
     context.record(batch_norms_folded=folded)
     if not chosen:
         context.record(layers=0, left_in_float=left)
         return captured
-    points = place(captured, chosen)
-    batches = context.data.calibration
-    if batches is None:
-        raise DataError("static needs calibration data: a few hundred samples, without labels")
-    watched = context.track(batches, "calibrating")
-    bins = 0 if config.calibrator == "min_max" else 2048
-    counted, samples = histograms(
-        captured, [p.observed for p in points], watched, context.inputs, bins=bins
+    rounded, samples = measure_ranges(
+        captured,
+        chosen,
+        context,
+        calibrator=config.calibrator,
+        percentile=config.percentile,
+        symmetric=config.symmetric,
     )
-    calibrator = _calibrator(config)
-    rounded = [
-        (point, _rounding(point, calibrator(histogram), config))
-        for point, histogram in zip(points, counted, strict=True)
-    ]
-    remember(captured)
-    for name in chosen:
-        captured.set_submodule(name, _integer(captured, name, rounded, config))
-    insert(captured, rounded)
-    annotate(captured, context.inputs)
+    clip, bits = config.weight_range == "mse", config.weight_bits
+    scales = {name: weight_scales(captured, name, rounded, bits=bits, clip=clip) for name in chosen}
+    if not config.per_channel:
+        scales = {name: s.max().expand_as(s).clone() for name, s in scales.items()}
+    make_integer(captured, scales, dict.fromkeys(chosen, bits), rounded, context)
     context.record(
         layers=len(chosen),
         left_in_float=left,
-        roundings=len(points),
+        roundings=len(rounded),
         calibrator=config.calibrator,
         samples=samples,
     )
     return captured
-
-
-def _choose(captured: fx.GraphModule, config: Static) -> tuple[list[str], dict[str, str]]:
-    """Return the layers to quantize in the order of the graph, and why others stay as they are."""
-    modules = dict(captured.named_modules())
-    called = Counter(str(n.target) for n in captured.graph.nodes if n.op == "call_module")
-    names = [
-        n
-        for n in called
-        if isinstance(modules[n], _LAYERS) or why_not(modules[n]) == "quantized before"
-    ]
-    check_patterns(config.layers, names)
-    able = [n for n in names if why_not(modules[n]) is None]
-    ends = {able[0], able[-1]} if config.float_ends and able else set()
-    chosen, left = [], {}
-    for name in names:
-        reason = why_not(modules[name])
-        if reason is None and not config.layers.holds(name):
-            reason = "excluded by layers"
-        if reason is None and name in ends:
-            reason = "first or last layer"
-        if reason is None:
-            chosen.append(name)
-        else:
-            left[name] = reason
-    attentions = [
-        n.name
-        for n in captured.graph.nodes
-        if n.target is nn.functional.scaled_dot_product_attention
-    ]
-    left.update(
-        dict.fromkeys(
-            attentions, "attention: its softmax is float, and so are the products around it"
-        )
-    )
-    return chosen, left
-
-
-def _calibrator(config: Static) -> calibrators.Calibrator:
-    if config.calibrator == "percentile":
-        return partial(calibrators.percentile, percent=config.percentile)
-    by_name: dict[str, calibrators.Calibrator] = {
-        "min_max": calibrators.min_max,
-        "entropy": calibrators.entropy,
-        "mse": calibrators.mse,
-    }
-    return by_name[config.calibrator]
-
-
-def _rounding(point: Point, ends: tuple[float, float], config: Static) -> Quantize:
-    low, high = ends
-    inside = point.ceiling is not None and high <= point.ceiling
-    return Quantize(*activation_grid(low, high, symmetric=config.symmetric, inside=inside))
-
-
-def _integer(
-    captured: fx.GraphModule, name: str, rounded: list[tuple[Point, Quantize]], config: Static
-) -> nn.Module:
-    """Return layer `name` with integer weights."""
-    layer = captured.get_submodule(name)
-    bias = layer.bias
-    scales = [
-        module.scale
-        for point, module in rounded
-        for node, users in point.places.items()
-        for user in (node.users if users is None else users)
-        if user.op == "call_module" and user.target == name
-    ]
-    try:
-        scale_O = channel_scales(
-            rows(layer),
-            bits=config.weight_bits,
-            clip=config.weight_range == "mse",
-            bias_O=bias.detach() if isinstance(bias, nn.Parameter) else None,
-            input_scale=min(scales, default=None),
-        )
-    except ValueError as error:
-        raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
-    if not config.per_channel:
-        scale_O = scale_O.max().expand_as(scale_O).clone()
-    return quantized(layer, scale_O, config.weight_bits)

@@ -15,10 +15,12 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
-    """Write `model.onnx`."""
+    """Write `model.onnx`, weights of few bits packed."""
     del inputs
+    from tersor.ops.onnx_packing import pack_weights
+
     file = folder / "model.onnx"
-    file.write_bytes(net.SerializeToString(deterministic=True))
+    file.write_bytes(pack_weights(net).SerializeToString(deterministic=True))
     return [file]
 
 
