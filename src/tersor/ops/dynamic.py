@@ -163,7 +163,8 @@ class QuantDynamicLSTM(nn.Module):
     ) -> None:
         super().__init__()
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.bias: bool = bias
+        self.batch_first, self.bidirectional = batch_first, bidirectional
         sides, gates = 1 + bidirectional, 4 * hidden_size
         for i in range(num_layers):
             inputs = input_size if i == 0 else sides * hidden_size
