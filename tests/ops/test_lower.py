@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.core import plugins
@@ -47,6 +48,38 @@ def test_nothing_tells_where_it_was_made_and_the_bytes_repeat():
     assert one == two
     assert not re.search(rb"/(home|root|work|tmp|usr)/", one)
     assert b"networks.py" not in one
+
+
+class Mixed(nn.Module):
+    """Operators that the exporter translates without decomposing them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(1, 4, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(4, 2, 3, 2, 1, 1, groups=2)
+        self.same = nn.ConvTranspose2d(2, 3, 3, padding=1, dilation=1, bias=False)
+        self.norm, self.fc = nn.LayerNorm(3), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardtanh(self.down(x), 0.0, 6.0)
+        y = torch.cat([self.up(y), self.same(self.up(y))], 1)[:, 1:4] + x
+        y = F.gelu(self.norm(y.flatten(2).transpose(1, 2)))
+        return self.fc(y).mean(1)
+
+
+def test_decomposing_nothing_writes_the_same_network(tmp_path):
+    torch.manual_seed(0)
+    net, x = Mixed().eval(), torch.randn(3, 1, 8, 8)
+    ways = Inputs(example={"x": torch.randn(2, 1, 8, 8)}, dynamic={"x": {0: "batch"}})
+    straight = lower(net, "onnx", ways)
+    # of a program that somebody else holds, the exporter works on a copy
+    program = lower(net, "exported", ways)
+    whole = lower(program, "onnx", ways)
+    assert [n.op_type for n in straight.graph.node] == [n.op_type for n in whole.graph.node]
+    found, wanted = (run(model, "x", x.numpy(), tmp_path) for model in (straight, whole))
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_allclose(found, net(x).detach().numpy(), atol=1e-5)
+    torch.testing.assert_close(program.module()(x=x), net(x))
 
 
 def test_upwards_is_refused():

@@ -125,6 +125,16 @@ def test_concatenation_and_pooling_share_a_scale() -> None:
     captured(torch.randn(3, 1, 8, 8))
 
 
+def test_onnxruntime_concatenates_codes_of_several_scales() -> None:
+    captured, _ = points(Unet(), 1, 8, 8)
+    layers = ["down", "bottom", "widen", "up", "head"]
+    found = place(captured, layers, "onnxruntime")
+    (point,) = [p for p in found if "cat" in {n.name for n in p.places}]
+    assert {n.name for n in point.places} == {"cat"}
+    (before,) = [p for p in found if "relu" in {n.name for n in p.places}]
+    assert {n.name for n in before.places} == {"relu", "max_pool2d"}
+
+
 class Shortcut(nn.Module):
     def __init__(self) -> None:
         super().__init__()

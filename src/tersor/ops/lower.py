@@ -55,11 +55,12 @@ def lower(net: Any, to: Form, inputs: Inputs) -> Any:
     form = form_of(net)
     if not may_lower(form, to):
         raise ModelError(f"a network of form {form!r} cannot become {to!r} again")
-    if form == "module" and to != "module":
-        net, form = _exported(net, inputs), "exported"
-    if form == "exported" and to == "onnx":
-        net = _to_onnx(net)
-    return net
+    if form == to or form == "onnx":
+        return net
+    program = _exported(net, inputs) if form == "module" else net
+    if to == "exported":
+        return program
+    return _to_onnx(program, own=form == "module")
 
 
 def _exported(net: nn.Module, inputs: Inputs) -> ExportedProgram:
@@ -102,9 +103,15 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
     return program
 
 
-def _to_onnx(program: ExportedProgram) -> Any:
-    from tersor.ops.onnx_translations import finish, translations
+def _to_onnx(program: ExportedProgram, *, own: bool) -> Any:
+    """Write a program as ONNX; `own`: nobody else needs it."""
+    from tersor.ops.onnx_translations import DIRECT, finish, translations
 
+    table = translations()
+    called = {n.target for n in program.graph.nodes if n.op == "call_function"}
+    if own and all(target in table or str(target) in DIRECT for target in called):
+        # most of the exporter's time would go into tracing it again, to decompose nothing
+        vars(program)["run_decompositions"] = lambda _: program
     try:
         with _quiet():
             made = torch.onnx.export(
@@ -113,7 +120,7 @@ def _to_onnx(program: ExportedProgram) -> Any:
                 opset_version=OPSET,
                 external_data=False,
                 verbose=False,
-                custom_translation_table=translations(),
+                custom_translation_table=table,
             )
         assert made is not None
         model = made.model_proto

@@ -13,6 +13,55 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 
 import tersor.ops.dynamic  # noqa: F401  # registers torch.ops.tersor
 
+DIRECT = frozenset(
+    [
+        "<built-in function getitem>",
+        "<built-in function mul>",
+        *(
+            f"aten.{name}"
+            for name in (
+                "adaptive_avg_pool2d.default",
+                "add.Tensor",
+                "avg_pool2d.default",
+                "cat.default",
+                "conv1d.default",
+                "conv2d.default",
+                "embedding.default",
+                "expand.default",
+                "flatten.using_ints",
+                "gelu.default",
+                "hardtanh.default",
+                "layer_norm.default",
+                "linear.default",
+                "max_pool2d.default",
+                "mean.dim",
+                "mul.Tensor",
+                "new_zeros.default",
+                "pad.default",
+                "permute.default",
+                "relu.default",
+                "reshape.default",
+                "scaled_dot_product_attention.default",
+                "select.int",
+                "slice.Tensor",
+                "sym_size.int",
+                "transpose.int",
+                "unbind.int",
+                "view.default",
+            )
+        ),
+        *(
+            f"quantized_decomposed.{name}"
+            for name in (
+                "dequantize_per_channel.default",
+                "dequantize_per_tensor.default",
+                "quantize_per_tensor.default",
+            )
+        ),
+    ]
+)
+"""Operators that the exporter translates as they are, without decomposing them first."""
+
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Map torch operators to functions that write them in ONNX."""
@@ -93,7 +142,32 @@ def translations() -> dict[Any, Callable[..., Any]]:
         shape = write.Constant(value_ints=[0, 0, -1])
         return write.Reshape(write.Transpose(outputs, perm=[0, 2, 1, 3]), shape), last, last_cell
 
+    def conv_transpose2d(
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = (1,),
+        padding: Any = (0,),
+        output_padding: Any = (0,),
+        groups: int = 1,
+        dilation: Any = (1,),
+    ) -> Any:
+        def both(sizes: Any) -> list[int]:
+            return list(sizes) * (1 if len(sizes) == 2 else 2)
+
+        return op.ConvTranspose(
+            x,
+            weight,
+            bias,
+            strides=both(stride),
+            pads=both(padding) * 2,
+            output_padding=both(output_padding),
+            group=groups,
+            dilations=both(dilation),
+        )
+
     return {
+        torch.ops.aten.conv_transpose2d.input: conv_transpose2d,
         torch.ops.quantized_decomposed.dequantize_per_channel_group.default: (
             dequantize_per_channel_group
         ),

@@ -11,7 +11,7 @@ between integer operators is rounded, once:
   (but not where only reshaping follows, as where patches become the tokens of a transformer);
 - both inputs and the output of an addition that joins convolutions (its ReLU again included), but
   not the convolution that OpenVINO and TensorRT compute the addition in;
-- inputs and output of a concatenation, all with one scale;
+- inputs and output of a concatenation, with one scale where the runtime does not take several;
 - what merely moves or selects numbers (max pooling, padding with zeros, slicing, reshaping, nearest
   resizing) keeps the scale of its input;
 - average pooling gets a scale of its own.
@@ -97,6 +97,9 @@ class Point:
 
 ADDS_IN_CONVOLUTIONS = ("openvino", "tensorrt")
 """Runtimes that add a residual inside the convolution before it, on its unrounded sums."""
+CONCATENATES_SCALES = ("onnxruntime",)
+"""Runtimes that concatenate codes of several scales. One scale for all would be too coarse for
+some, and give a ReLU before it a zero that is not its lowest code, which then fuses nowhere."""
 
 
 def place(captured: fx.GraphModule, layers: Collection[str], runtime: str = "") -> list[Point]:
@@ -111,7 +114,7 @@ def place(captured: fx.GraphModule, layers: Collection[str], runtime: str = "") 
     Returns:
         Points in the order of the graph.
     """
-    return _Placement(captured, layers, runtime in ADDS_IN_CONVOLUTIONS).points()
+    return _Placement(captured, layers, runtime).points()
 
 
 def insert(captured: fx.GraphModule, rounded: Iterable[tuple[Point, nn.Module]]) -> None:
@@ -142,9 +145,9 @@ def _first_free(captured: fx.GraphModule, start: int) -> int:
 
 
 class _Placement:
-    def __init__(
-        self, captured: fx.GraphModule, layers: Collection[str], adds_inside: bool
-    ) -> None:
+    def __init__(self, captured: fx.GraphModule, layers: Collection[str], runtime: str) -> None:
+        adds_inside = runtime in ADDS_IN_CONVOLUTIONS
+        self.one_scale = runtime not in CONCATENATES_SCALES
         self.modules = dict(captured.named_modules())
         self.nodes = list(captured.graph.nodes)
         self.layers = set(layers)
@@ -182,7 +185,7 @@ class _Placement:
                     if operand in self.inside:
                         continue
                     round_for(operand, node)
-                    if kind == "concat":
+                    if kind == "concat" and self.one_scale:
                         shared.join(node, operand)
                 round_all(node if kind == "concat" else self._tail(node))
             elif kind == "share":
