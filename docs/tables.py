@@ -3,8 +3,8 @@
     python docs/tables.py [--check]
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
-compress), `compared` (runs of compare), `peers`, `repair`, `aa` or `startup`. No figure in it is
-typed by hand. `--check` changes nothing and exits with 1 where a page is not up to date.
+compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `aa` or `startup`.
+No figure in it is typed by hand. `--check` changes nothing and exits with 1 where a page is not up to date.
 """
 
 import argparse
@@ -45,6 +45,8 @@ def rendered(text: str, *, chinese: bool) -> str:
         "compared": compared,
         "peers": peers,
         "repair": repair,
+        "mixed": mixed,
+        "agreement": agreement,
         "aa": self_check,
         "startup": startup,
     }
@@ -112,6 +114,57 @@ def repair(chinese: bool) -> str:
         shown = f"{item['value']:.{digits}f} {item['unit']}"
         seconds = f"{item['seconds']:.0f}" if item["seconds"] else ""
         rows.append([item["network"], item["way"], shown, seconds])
+    return table(head, rows)
+
+
+def mixed(chinese: bool) -> str:
+    """One row a file: uniform bits, and bits chosen layer by layer."""
+    del chinese  # on an English page only
+    raw = stored("mixed_precision")
+    if raw is None:
+        return ""
+    head = ["network", "bits", "file", "accuracy", "minus float, 95 %", "divergence from float"]
+    head += ["a mixed file is as small and as accurate"]
+    rows = []
+    for item in raw["results"]:
+        shown = {"float": "32", "uniform": f"{32 * item['weights']:g}"}
+        low, high = item["minus_float"][1:]
+        dominated = item.get("dominated_in")
+        rows.append(
+            [
+                item["network"],
+                shown.get(item["kind"], f"mixed, {32 * item['weights']:.1f} on average"),
+                f"{item['size_bytes'] / 1e3:.0f} kB",
+                f"{item['accuracy']:.2f} %",
+                f"{item['minus_float'][0]:+.2f} [{low:+.2f}, {high:+.2f}]",
+                f"{item['divergence']:.5f}",
+                "" if dominated is None else "yes" if dominated["accuracy"] else "**no**",
+            ]
+        )
+    return table(head, rows)
+
+
+def agreement(chinese: bool) -> str:
+    """One row a network on a runtime: does it compute what was trained?"""
+    del chinese
+    raw = stored("agreement")
+    if raw is None:
+        return ""
+    head = ["network", "runtime", "outputs within one step", "same class, 95 %"]
+    head += ["accuracy in memory", "on the runtime"]
+    rows = []
+    for item in raw["results"]:
+        low, high = item["same_class_spread"]
+        rows.append(
+            [
+                item["network"],
+                item["runtime"],
+                f"{item['within_one_step']:.2f} %",
+                f"{item['same_class']:.2f} % [{low:.2f}, {high:.2f}]",
+                f"{item['accuracy_in_memory']:.2f} %",
+                f"{item['accuracy_on_runtime']:.2f} %",
+            ]
+        )
     return table(head, rows)
 
 

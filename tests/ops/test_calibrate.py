@@ -50,6 +50,20 @@ def test_min_max_is_exact() -> None:
     assert calibrators.min_max(counted(x)) == (float(x.min()), float(x.max()))
 
 
+def test_moving_average_takes_the_ends_of_each_sample() -> None:
+    x = torch.randn(50, 3, 20)
+    x[7] *= 40
+    made = calibrators.Histogram(0, each=True)
+    for part in x.split(16):
+        made.add(part)
+    ends = x.flatten(1).amin(1).mean(), x.flatten(1).amax(1).mean()
+    assert calibrators.moving_average(made) == pytest.approx([float(end) for end in ends])
+    assert calibrators.min_max(made) == (float(x.min()), float(x.max()))
+    alone = calibrators.Histogram(0, each=True)
+    alone.add(torch.tensor(2.5))
+    assert calibrators.moving_average(alone) == (2.5, 2.5)
+
+
 def test_percentile_cuts_both_tails() -> None:
     x = torch.randn(200_000)
     low, high = calibrators.percentile(counted(x), 99.0)

@@ -98,6 +98,22 @@ def test_onnxruntime_fuses_all_integer_operators(tmp_path: Path) -> None:
     assert kinds["Conv"] == kinds["Gemm"] == kinds["Relu"] == 0
 
 
+def test_openvino_computes_all_layers_in_integers(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    net = IntegerCnn().eval()
+    net.linear = int8(nn.Linear(8, 8))  # as wide as the convolutions
+    inputs = Inputs(example={"x": torch.randn(2, 3, 8, 8)}, dynamic={"x": {0: "batch"}})
+    files = plugins.runtime("openvino").export(lower(net, "onnx", inputs), tmp_path, inputs)
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(files[0]), "CPU", hint)
+    told = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    kinds = Counter(
+        (info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in told
+    )
+    assert kinds["Convolution", "u8"] == 2, kinds
+    assert kinds["FullyConnected", "u8"] == 1, kinds
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize(
     ("bits", "symmetric", "shape"),

@@ -30,7 +30,9 @@ def accuracy(net: nn.Module) -> float:
     return 100 * float(torch.cat(right).mean())
 
 
-@pytest.mark.parametrize("calibrator", ["min_max", "percentile", "entropy", "mse"])
+@pytest.mark.parametrize(
+    "calibrator", ["min_max", "moving_average", "percentile", "entropy", "mse"]
+)
 def test_accuracy_stays_with_every_calibrator(calibrator: Any, tiny_context: Any) -> None:
     net = networks.tiny_cnn()
     before = accuracy(net)

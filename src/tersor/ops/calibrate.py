@@ -20,6 +20,7 @@ def histograms(
     inputs: Inputs,
     *,
     bins: int = 2048,
+    each: bool = False,
 ) -> tuple[list[Histogram], int]:
     """Run the batches once and count the values at nodes.
 
@@ -29,6 +30,7 @@ def histograms(
         batches: Calibration data; `labels` are not looked at.
         inputs: How to call the network.
         bins: Of each histogram; 0: its ends alone.
+        each: Whether they average the ends of each sample.
 
     Returns:
         The histograms and the number of samples seen.
@@ -38,7 +40,7 @@ def histograms(
         infinity, or
             that the network refuses; or the iterable raised. Names the batch, and the layer.
     """
-    made = [Histogram(bins) for _ in observed]
+    made = [Histogram(bins, each) for _ in observed]
     sinks: dict[fx.Node, list[Histogram]] = {}
     for histogram, nodes in zip(made, observed, strict=True):
         for node in nodes:

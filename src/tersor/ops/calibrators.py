@@ -1,4 +1,4 @@
-"""Ranges of activations from their histograms: min_max, percentile, entropy, mse.
+"""Ranges of activations: min_max, moving_average, percentile, entropy, mse.
 
 Each is a function (histogram) -> (low, high), the range that gets codes; what lies outside is
 clipped.
@@ -23,6 +23,7 @@ class Histogram:
 
     Args:
         bins: An even number; 0 keeps the ends alone, which is all that `min_max` reads.
+        each: Average the ends of each sample (rows of the first dimension), for `moving_average`.
     """
 
     counts: np.ndarray
@@ -30,9 +31,14 @@ class Histogram:
     width: float
     least: float
     most: float
+    each: bool
+    samples: int
+    averages: np.ndarray
+    """Mean over samples of the least and the largest value (2,)."""
 
-    def __init__(self, bins: int = 2048) -> None:
+    def __init__(self, bins: int = 2048, each: bool = False) -> None:
         assert bins % 2 == 0
+        self.each, self.samples, self.averages = each, 0, np.zeros(2)
         self.counts = np.zeros(bins)
         self.low = self.width = 0.0
         self.least, self.most = np.inf, -np.inf
@@ -57,6 +63,11 @@ class Histogram:
         if not (np.isfinite(least) and np.isfinite(most)):
             raise ValueError("NaN or infinity")
         self.least, self.most = min(self.least, least), max(self.most, most)
+        if self.each:
+            own = [torch.aminmax(sample) for sample in (x if x.dim() else x[None])]
+            found = np.array([[float(e.min), float(e.max)] for e in own])
+            self.samples += len(found)
+            self.averages += (found - self.averages).sum(0) / self.samples
         if not len(self.counts):
             return
         if not self.width:
@@ -81,6 +92,16 @@ class Histogram:
 def min_max(histogram: Histogram) -> tuple[float, float]:
     """Keep everything that was seen."""
     return float(histogram.least), float(histogram.most)
+
+
+def moving_average(histogram: Histogram) -> tuple[float, float]:
+    """Average the ends of each sample, so that single outliers are clipped.
+
+    Source:
+        Jacob et al., arXiv:1712.05877, section 3.1; all samples weigh the same here.
+    """
+    low, high = histogram.averages
+    return float(low), float(high)
 
 
 def percentile(histogram: Histogram, percent: float = 99.99) -> tuple[float, float]:

@@ -196,6 +196,8 @@ def finish(model: Any) -> Any:
     for node in list(model.graph.node):
         if node.op_type == "Gemm":
             _round_bias(graph, node)
+        elif node.op_type == "DequantizeLinear" and node.input[0] in graph.initializers:
+            _own_zeros(graph, node)
     graph.write()
     return model
 
@@ -328,6 +330,18 @@ def _split_gemm(graph: _Graph, node: Any) -> None:
         made.append(onnx.helper.make_node("Add", [product, bias], [node.output[0]]))
     graph.insert_before(node, *made)
     graph.remove(node)
+
+
+def _own_zeros(graph: _Graph, node: Any) -> None:
+    """Give weights a zero point of their own.
+
+    The exporter shares it between layers of one width; OpenVINO folds one that serves a convolution
+    and a linear layer for neither, and then computes both in float.
+    """
+    zeros = node.input[2] if len(node.input) > 2 else ""
+    if zeros in graph.initializers and len(graph.consumers(zeros)) > 1:
+        kind = graph.initializers[zeros].data_type
+        node.input[2] = graph.add(f"{node.input[0]}_zero", graph.array(zeros), kind)
 
 
 def _round_bias(graph: _Graph, node: Any) -> None:

@@ -22,7 +22,7 @@ from tersor.ops.placement import Point, insert, place
 from tersor.ops.quantize import activation_grid, channel_scales
 from tersor.ops.twin import remember
 
-Calibrator = Literal["min_max", "percentile", "entropy", "mse"]
+Calibrator = Literal["min_max", "moving_average", "percentile", "entropy", "mse"]
 Rounded = Sequence[tuple[Point, Quantize]]
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
 
@@ -84,7 +84,8 @@ def measure_ranges(
         [p.observed for p in points],
         context.track(context.data.calibration, "calibrating"),
         context.inputs,
-        bins=0 if calibrator == "min_max" else 2048,
+        bins=0 if calibrator in ("min_max", "moving_average") else 2048,
+        each=calibrator == "moving_average",
     )
     made = []
     for point, histogram in zip(points, counted, strict=True):
@@ -98,6 +99,7 @@ def measure_ranges(
 def _calibrators(percent: float) -> Mapping[Calibrator, calibrators.Calibrator]:
     return {
         "min_max": calibrators.min_max,
+        "moving_average": calibrators.moving_average,
         "percentile": partial(calibrators.percentile, percent=percent),
         "entropy": calibrators.entropy,
         "mse": calibrators.mse,

@@ -24,8 +24,7 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
         source = Path(aside) / "model.onnx"
         source.write_bytes(net.SerializeToString(deterministic=True))
         try:
-            # convert_model would rewrite the graph so that whole networks lose their integer layers
-            model = openvino.Core().read_model(source)
+            model = openvino.convert_model(source)
         except Exception as error:
             raise TargetError(f"OpenVINO cannot read the network: {_plain(error)}") from error
         file = folder / "model.xml"

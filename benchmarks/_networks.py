@@ -1,0 +1,59 @@
+"""What benchmarks share that apply techniques one by one: workloads, and a step's context."""
+
+import functools
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_name("results")
+SHARED = Path(os.environ.get("TERSOR_SHARED", ROOT.parent / "shared")).resolve()
+
+
+def workload(file: str) -> Any:
+    """Import a user's script of the shared workloads."""
+    folder = str(SHARED / "workloads")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(file)
+
+
+def ways(batch: dict[str, Any]) -> Any:
+    """Return how to call a network: the first samples of a batch, any number of them."""
+    from tersor.core.model import Inputs
+
+    example = {name: tensor[:2] for name, tensor in batch.items() if name != "labels"}
+    return Inputs(example=example, dynamic={name: {0: "batch"} for name in example})
+
+
+def context(
+    inputs: Any,
+    folder: Path,
+    *,
+    calibration: Any,
+    train: Any = None,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    reference: Any = None,
+) -> Any:
+    """Return what a step of the pipeline is given, with tersor's own trainer; nothing is timed."""
+    from tersor import trainer
+    from tersor.core.context import Context, Data
+    from tersor.core.runtime import Target
+    from tersor.ops.losses import labelled_loss
+
+    def latency(nets: Any) -> Any:
+        raise AssertionError("these steps time nothing")
+
+    return Context(
+        inputs=inputs,
+        data=Data(calibration=calibration, train=train),
+        target=Target(runtime=runtime, options={"threads": threads}),
+        loss=labelled_loss,
+        fit=functools.partial(trainer.fit, threads=threads),
+        latency=latency,
+        work_dir=folder,
+        reference=reference,
+    )
