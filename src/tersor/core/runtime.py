@@ -60,6 +60,19 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OperatorTime:
+    """What a runtime's own profiler says of one operator."""
+
+    name: str
+    kind: str
+    """The runtime's word for it, such as QLinearConv."""
+    ms: float
+    """Of one run."""
+    weight: tuple[int, ...] = ()
+    """Shape of its second tensor, where the runtime tells it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """What a file in `runtimes/` offers."""
 
@@ -71,6 +84,8 @@ class Runtime:
     """Write a network of form `takes` into a folder; return the files, the one to load first."""
     load: Callable[[Path, Target], Runner]
     """Load the first of those files."""
+    profile: Callable[[Path, Target, Sequence[Arrays]], Sequence[OperatorTime]] | None = None
+    """Run the batches and tell where the time went; None: the runtime has no such means."""
     options: tuple[str, ...] = ("threads",)
     """Names allowed in `Target.options`."""
     to_export: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.ops.modules import INTEGER, Quantize, channels_of, quantized
-from tersor.ops.quantize import activation_grid, channel_scales
+from tersor.ops.quantize import activation_grid, channel_scales, exact_scale
 
 Ranges = Literal["learned", "observed"]
 _MOMENTUM = 0.01
@@ -137,8 +137,9 @@ class FakeRounding(nn.Module):
 
     def settled(self) -> nn.Module:
         """Return the rounding that the runtimes know."""
-        scale = (self.base * self._factor().clamp_min(_LEAST)).item()
-        return Quantize(scale, int(self.zero), self.low, self.high)
+        scale, zero = (self.base * self._factor().clamp_min(_LEAST)).item(), int(self.zero)
+        most = self.base.item() if self.ceiling else None
+        return Quantize(exact_scale(scale, zero, most), zero, self.low, self.high)
 
 
 class FakeLayer(nn.Module):
@@ -291,7 +292,8 @@ def settle(net: Any) -> Any:
     """Put integer layers where rounding was trained, and biases of integer layers on their grid.
 
     A runtime keeps a bias in steps of (input scale * weight scale) with 32 bits. Rounded to them
-    in memory, too, both compute the same. Other networks stay as they are.
+    in memory, too, both compute the same. Layers are told the scale of the codes that come in, with
+    which they sum exactly. Other networks stay as they are.
     """
     if not isinstance(net, nn.Module):
         return net
@@ -299,19 +301,22 @@ def settle(net: Any) -> Any:
         if isinstance(fake, (FakeLayer, FakeRounding)):
             net.set_submodule(name, fake.settled().eval())
     if isinstance(net, fx.GraphModule):
-        _round_biases(net)
+        _tell_scales(net)
     return net
 
 
-def _round_biases(captured: fx.GraphModule) -> None:
+def _tell_scales(captured: fx.GraphModule) -> None:
     modules = dict(captured.named_modules())
     for node in captured.graph.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, INTEGER) or layer.bias is None:
+        if not isinstance(layer, INTEGER):
             continue
         source = node.args[0] if node.args else node.kwargs.get("input")
         before = modules.get(str(source.target)) if isinstance(source, fx.Node) else None
         if isinstance(before, Quantize):
+            layer.input_scale = before.scale
+            if layer.bias is None:
+                continue
             step = before.scale * layer.scale.double()
             bias = ((layer.bias.detach().double() / step).round() * step).float()
             layer.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)

@@ -79,11 +79,13 @@ class _Integer(nn.Module, ABC):
     bias: nn.Parameter | None
     bits: int
     """Of a code: 2 to 8; each is kept in a byte."""
+    input_scale: float
+    """Of the codes that come in, once the network is settled; 0: not known."""
     _axis: ClassVar[int] = 0
     """Output channels among the dimensions of `weight`."""
 
-    def _make(self, shape: tuple[int, ...], bias: bool, bits: int) -> None:
-        self.bits, channels = bits, shape[self._axis]
+    def _make(self, shape: tuple[int, ...], bias: bool, bits: int, input_scale: float) -> None:
+        self.bits, self.input_scale, channels = bits, input_scale, shape[self._axis]
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("zero", torch.zeros(channels, dtype=torch.int64))
@@ -107,12 +109,22 @@ class _Integer(nn.Module, ABC):
         return Grid(self.scale.view(shape), self.zero.view(shape), -most, most)
 
     @abstractmethod
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer with these float weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
-        return self.compute(x, self.values())
+        """Apply the layer; on codes of a known scale as runtimes do, with exact sums of products.
+
+        Sums beyond 2**24, which take rows of more than 500 weights that all agree, are rounded.
+        Exported, the layer is written with float weights, which runtimes turn into the same.
+        """
+        if not self.input_scale or torch.compiler.is_exporting():
+            return self.compute(x, self.values(), self.bias)
+        step = self.scale * self.input_scale
+        bias = None if self.bias is None else (self.bias / step).round()
+        sums = self.compute((x / self.input_scale).round(), self.weight.to(x.dtype), bias)
+        inner = sums.dim() - 2 if self.weight.dim() > 2 else 0
+        return sums * step.view(-1, *[1] * inner)
 
 
 class _IntegerConv(_Integer):
@@ -136,19 +148,20 @@ class _IntegerConv(_Integer):
         groups: int = 1,
         bias: bool = True,
         bits: int = 8,
+        input_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = _many(kernel_size, self._dimensions), stride
         self.padding, self.dilation, self.groups = padding, dilation, groups
-        self._make((out_channels, in_channels // groups, *self.kernel_size), bias, bits)
+        self._make(
+            (out_channels, in_channels // groups, *self.kernel_size), bias, bits, input_scale
+        )
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with these float weights."""
         apply: Any = F.conv1d if self._dimensions == 1 else F.conv2d
-        made: Tensor = apply(
-            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        made: Tensor = apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return made
 
 
@@ -187,18 +200,19 @@ class QuantConvTranspose2d(_Integer):
         dilation: _Sizes = 1,
         bias: bool = True,
         bits: int = 8,
+        input_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride = _many(kernel_size, 2), stride
         self.padding, self.output_padding, self.dilation = padding, output_padding, dilation
-        self._make((in_channels, out_channels, *self.kernel_size), bias, bits)
+        self._make((in_channels, out_channels, *self.kernel_size), bias, bits, input_scale)
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with these float weights."""
         apply: Any = F.conv_transpose2d
         made: Tensor = apply(
-            x, weight, self.bias, self.stride, self.padding, self.output_padding, 1, self.dilation
+            x, weight, bias, self.stride, self.padding, self.output_padding, 1, self.dilation
         )
         return made
 
@@ -210,15 +224,20 @@ class QuantLinear(_Integer):
     out_features: int
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, bits: int = 8
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        bits: int = 8,
+        input_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._make((out_features, in_features), bias, bits)
+        self._make((out_features, in_features), bias, bits, input_scale)
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by these float weights."""
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, bias)
 
 
 class GroupedLinear(nn.Module):
@@ -294,13 +313,13 @@ class GroupedLinear(nn.Module):
         low = -(2 ** (self.bits - 1)) if self.symmetric else 0
         return low, low + 2**self.bits - 1
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by these float weights."""
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the dequantized weights."""
-        return self.compute(x, self.values())
+        return self.compute(x, self.values(), self.bias)
 
 
 INTEGER = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear)

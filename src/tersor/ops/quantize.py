@@ -6,6 +6,7 @@ A real x is stored as the code q = round(x / scale) + zero, kept inside [low, hi
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -44,22 +45,45 @@ def activation_grid(
     if symmetric:
         bound = max(-low, high)
         scale = max(bound / 127, _TINY) if bound else 1.0
-        return _float32(scale, bound / 127 if inside and high == bound else None), 0, -128, 127
+        most = bound / 127 if inside and high == bound else None
+        return exact_scale(scale, 0, most), 0, -128, 127
     if high == low:
         return 1.0, 0, 0, 255
     scale = max((high - low) / 255, _TINY)
     zero = min(255, max(0, round(-low / scale)))
     if inside and zero < 255:
-        return _float32(min(scale, high / (255 - zero)), high / (255 - zero)), zero, 0, 255
-    return _float32(scale), zero, 0, 255
+        return exact_scale(min(scale, high / (255 - zero)), zero, high / (255 - zero)), zero, 0, 255
+    return exact_scale(scale, zero), zero, 0, 255
 
 
-def _float32(scale: float, bound: float | None = None) -> float:
-    """Round to float32, which the runtimes compute in; down where a bound must not be passed."""
-    rounded = torch.tensor(scale, dtype=torch.float32)
-    while bound is not None and float(rounded) > bound * (1 - 1e-7):
-        rounded = torch.nextafter(rounded, torch.tensor(0.0))
-    return float(rounded)
+def exact_scale(scale: float, zero: int, most: float | None = None) -> float:
+    """Return a scale nearby with which float32 computes the codes without an error of its own.
+
+    OpenVINO describes a grid by its ends and adds `-low * (255 / (high - low))` for the zero; for
+    most scales that is not quite the zero, and values between two codes fall the other way. Scales
+    with 16 significant bits make the ends exact; of these the next one whose zero is exact is
+    taken, within 0.1 %.
+
+    Args:
+        scale: Positive and finite.
+        zero: Code of 0, 0 to 255.
+        most: The scale must stay below this.
+    """
+    mantissa, exponent = math.frexp(scale)
+    units = math.floor(mantissa * 2**16) if most is not None else round(mantissa * 2**16)
+    step = -1 if most is not None else 1
+    for i in range(32):
+        near = float(np.float32(math.ldexp(units + i * step, exponent - 16)))
+        if (most is None or near <= most * (1 - 1e-7)) and _zero_is_exact(near, zero):
+            return near
+    return float(np.float32(scale if most is None else scale * (1 - 2e-7)))
+
+
+def _zero_is_exact(scale: float, zero: int) -> bool:
+    low, high = np.float32(-zero * scale), np.float32((255 - zero) * scale)
+    if not high > low:
+        return False
+    return bool(-low * (np.float32(255) / (high - low)) == np.float32(zero))
 
 
 def channel_scales(

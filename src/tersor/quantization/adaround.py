@@ -105,7 +105,7 @@ def _learn(visit: Visit, steps: int, generator: torch.Generator) -> Tensor:
         with torch.enable_grad():
             up = _stretched(soft)
             codes = (floor + up).clamp(grid.low, grid.high)
-            outputs = layer.compute(x[rows], (codes - grid.zero) * grid.scale)
+            outputs = layer.compute(x[rows], (codes - grid.zero) * grid.scale, layer.bias)
             difference = (_activated(visit, outputs) - wanted[rows]).square()
             # the paper sums over output channels; a sum over all would change with the image size
             loss = difference.mean() * channels
@@ -141,5 +141,5 @@ def _activated(visit: Visit, outputs: Tensor) -> Tensor:
 def _error(visit: Visit, weight: Tensor) -> float:
     layer: Any = visit.layer
     with torch.no_grad():
-        outputs = _activated(visit, layer.compute(visit.x, weight))
+        outputs = _activated(visit, layer.compute(visit.x, weight, layer.bias))
         return float((outputs - _activated(visit, visit.wanted)).square().mean())

@@ -10,7 +10,8 @@ import numpy as np
 from tersor.core.errors import TargetError
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs
-from tersor.core.runtime import Arrays, Runner, Runtime, Target
+from tersor.core.runtime import Arrays, OperatorTime, Runner, Runtime, Target
+from tersor.core.timing import middle_mean
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -34,6 +35,28 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
 
 def load(path: Path, target: Target) -> Runner:
     """Compile for latency, in fp32 unless a step chose another precision."""
+    return _Runner(_compiled(path, target))
+
+
+def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[OperatorTime]:
+    """Run the batches with OpenVINO's counters on."""
+    runner = _Runner(_compiled(path, target, counting=True))
+    taken: dict[str, list[float]] = {}
+    kinds: dict[str, str] = {}
+    request = runner.compiled.create_infer_request()
+    for batch in batches:
+        request.infer({name: np.ascontiguousarray(batch[name]) for name in runner.names})
+        for info in request.profiling_info:
+            if info.status == info.Status.EXECUTED:
+                taken.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e3)
+                kinds[info.node_name] = info.node_type
+    return [
+        OperatorTime(name=name, kind=kinds[name], ms=middle_mean(times))
+        for name, times in taken.items()
+    ]
+
+
+def _compiled(path: Path, target: Target, counting: bool = False) -> Any:
     import openvino
 
     precision = str(target.options.get("precision", "fp32"))
@@ -53,14 +76,14 @@ def load(path: Path, target: Target) -> Runner:
         "INFERENCE_NUM_THREADS": target.threads or usable_cores(),
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
+        "PERF_COUNT": counting,
         # compressed weights: no quantization of activations on the fly
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
     try:
-        compiled = core.compile_model(str(path), "CPU", settings)
+        return core.compile_model(str(path), "CPU", settings)
     except Exception as error:
         raise TargetError(f"OpenVINO cannot load {path.name}: {_plain(error)}") from error
-    return _Runner(compiled)
 
 
 class _Runner:
@@ -103,6 +126,7 @@ RUNTIME = Runtime(
     devices=("cpu",),
     export=export,
     load=load,
+    profile=profile,
     options=("threads", "precision"),
     to_export=("openvino", "onnx", "onnxscript"),
     to_run=("openvino",),

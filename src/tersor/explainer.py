@@ -1,0 +1,346 @@
+"""explain(): where the time of a network goes, in float and in integers, and why that pays or not.
+
+The network is quantized as `static` or `dynamic` would, and both run under the runtime's own
+profiler. What each kind of operator takes before and after is set beside the work it does:
+multiply-accumulates, and how many of them each weight serves once it is read.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tersor import benchmark, trainer
+from tersor.candidate import Candidate, export
+from tersor.core import plugins
+from tersor.core.context import Context, Data
+from tersor.core.errors import DataError, ModelError, RecipeError, TargetError
+from tersor.core.hardware import usable_cores
+from tersor.core.model import Inputs, Model
+from tersor.core.runtime import Arrays, OperatorTime, Target
+from tersor.core.statistics import Comparison
+from tersor.feeds import arrays_of, timing_inputs
+from tersor.ops.losses import labelled_loss
+from tersor.plan import make_inputs, try_forward
+
+Quantizer = Literal["static", "dynamic"]
+_RUNS, _WARM = 40, 10
+_REUSE = 16
+"""Products for each weight read below which reading, not arithmetic, is taken for the limit."""
+_SMALL_MS = 0.01
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    "convolutions": (
+        "Conv",
+        "FusedConv",
+        "NhwcFusedConv",
+        "QLinearConv",
+        "ConvInteger",
+        "ConvTranspose",
+        "Convolution",
+        "GroupConvolution",
+        "ConvolutionBackpropData",
+        "Deconvolution",
+    ),
+    "recurrent layers": (
+        "LSTM",
+        "GRU",
+        "RNN",
+        "DynamicQuantizeLSTM",
+        "LSTMSequence",
+        "GRUSequence",
+        "RNNSequence",
+        "LSTMCell",
+        "GRUCell",
+        "RNNCell",
+        "RNNSeq",
+    ),
+    "linear layers": (
+        "Gemm",
+        "QGemm",
+        "MatMulNBits",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "FullyConnected",
+    ),
+    "attention": ("Softmax", "ScaledDotProductAttention", "MultiHeadAttention", "Attention"),
+    "rounding": ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "FakeQuantize"),
+}
+_PRODUCTS = ("MatMul", "FusedMatMul", "QLinearMatMul")
+_LAYERS = ("convolutions", "depthwise convolutions", "recurrent layers", "linear layers")
+_REST = "everything else"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Operators of one kind, in float and in integers."""
+
+    name: str
+    float_ms: float
+    """Of one run, as the runtime's profiler has it."""
+    int8_ms: float
+    macs: int = 0
+    """Multiply-accumulates of one run; 0: not counted."""
+    reuse: float = 0.0
+    """Multiply-accumulates for each weight that is read; 0: no weights."""
+    operators: int = 0
+    """Of this kind, in float."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why a network gains what it gains from 8-bit integers on a target."""
+
+    target: Target
+    batch: int
+    threads: int
+    technique: Quantizer
+    """What put it on integers."""
+    comparison: Comparison
+    """How many times faster the integers are, end to end, interleaved."""
+    parts: tuple[Part, ...]
+    """Largest in float first."""
+    left_in_float: Mapping[str, str] = field(default_factory=dict)
+    """Layer -> why."""
+    reasons: tuple[str, ...] = ()
+    """In words, the most important first."""
+
+
+def explain(
+    model: Model,
+    data: Data,
+    *,
+    target: Target | None = None,
+    technique: Quantizer | None = None,
+    batch: int = 1,
+    budget_s: float = 6.0,
+) -> Explanation:
+    """Say what 8-bit integers buy on a target, kind of operator by kind.
+
+    Args:
+        model: A network in Python.
+        data: Batches; `calibration`, or the first split there is, for ranges and for timing.
+        target: onnxruntime:cpu by default.
+        technique: `static`, or `dynamic`, which is taken where the network has recurrent layers.
+        batch: Samples in a timed batch.
+        budget_s: Of the contest.
+
+    Raises:
+        ModelError: the network is no module. DataError: no batches. TargetError: the runtime has no
+        profiler, or cannot run the network. UnfitError: no layer can be quantized.
+    """
+    chosen = target or Target(runtime="onnxruntime")
+    runtime = plugins.runtime(chosen.runtime)
+    if runtime.profile is None:
+        raise TargetError(
+            f"{chosen.runtime} does not tell where its time goes; explain on "
+            f"{' or '.join(n for n in plugins.names('runtimes') if plugins.runtime(n).profile)}"
+        )
+    if model.form != "module":
+        raise ModelError(
+            f"explain quantizes the network, which takes a network in Python; this one has form "
+            f"{model.form!r}. Give FILE.py:FACTORY"
+        )
+    batches = next((s for s in (data.calibration, data.test, data.train) if s is not None), None)
+    if batches is None:
+        raise DataError("the data have no batches; give at least calibration or test")
+    inputs = make_inputs(model, data)
+    net = model.net.eval()
+    try_forward(net, inputs)
+    kind: Quantizer = technique or ("dynamic" if _recurrent(net) else "static")
+    made, left = _quantized(model, kind, inputs, Data(calibration=batches), chosen)
+    sample = arrays_of({k: v for k, v in next(iter(batches)).items() if k in inputs.example})
+    feeds = [{n: b[n] for n in inputs.example} for b in timing_inputs(batches, batch)]
+    work = _work(net, feeds[0])
+    with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
+        places = (Path(folder) / "float", Path(folder) / "int8")
+        pair: list[Candidate] = []
+        try:
+            for each, place in zip((net, made), places, strict=True):
+                pair.append(export(each, place, inputs, chosen, sample))
+            found = benchmark.contest(
+                pair[0].runner, pair[1].runner, feeds, min_effect=0.01, budget_s=budget_s
+            )
+        finally:
+            for candidate in pair:
+                candidate.close()
+        repeated = [feeds[i % len(feeds)] for i in range(_WARM + _RUNS)]
+        profiles = [runtime.profile(c.files[0], c.target, repeated) for c in pair]
+    parts = _parts(*profiles, work)
+    return Explanation(
+        target=chosen,
+        batch=batch,
+        threads=chosen.threads or usable_cores(),
+        technique=kind,
+        comparison=found,
+        parts=parts,
+        left_in_float=left,
+        reasons=_reasons(parts, found, left),
+    )
+
+
+def _recurrent(net: nn.Module) -> bool:
+    return any(isinstance(module, nn.RNNBase) for module in net.modules())
+
+
+def _quantized(
+    model: Model, technique: Quantizer, inputs: Inputs, data: Data, target: Target
+) -> tuple[Any, Mapping[str, str]]:
+    """Apply the technique to a copy of the network."""
+    import copy
+
+    step = plugins.technique(technique)
+
+    def unused(nets: Sequence[Any]) -> Sequence[float]:
+        raise RecipeError(f"{technique} does not time anything")
+
+    with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
+        context = Context(
+            inputs=inputs,
+            data=data,
+            target=target,
+            loss=labelled_loss,
+            fit=trainer.fit,
+            latency=unused,
+            work_dir=Path(folder),
+        )
+        made = step.apply(copy.deepcopy(model.net), step.config(), context)
+    return made, context.facts.get("left_in_float", {})
+
+
+def _work(net: nn.Module, feed: Arrays) -> dict[str, tuple[int, int]]:
+    """Count multiply-accumulates and weights read, for each kind of layer, on one batch."""
+    found: dict[str, list[int]] = {}
+
+    def count(part: str, macs: int, read: int) -> None:
+        total = found.setdefault(part, [0, 0])
+        total[0] += macs
+        total[1] += read
+
+    def hook(layer: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            weights = layer.weight.numel()
+            per_sample = (given[0] if layer.transposed else made).numel() * layer.weight[0].numel()
+            deep = layer.groups > 1 and layer.groups == layer.in_channels
+            count("depthwise convolutions" if deep else "convolutions", per_sample, weights)
+        elif isinstance(layer, nn.Linear):
+            count("linear layers", made.numel() * layer.in_features, layer.weight.numel())
+        elif isinstance(layer, nn.MultiheadAttention):
+            weights = 4 * layer.embed_dim**2
+            count("linear layers", made[0].numel() * 4 * layer.embed_dim, weights)
+        elif isinstance(layer, nn.RNNBase):
+            x = given[0] if isinstance(given[0], Tensor) else given[0].data
+            weights = sum(p.numel() for n, p in layer.named_parameters() if "weight" in n)
+            steps = x.shape[1 if layer.batch_first else 0] if x.dim() == 3 else x.shape[0]
+            rows = x.numel() // x.shape[-1]
+            count("recurrent layers", rows * weights, steps * weights)
+
+    hooks = [module.register_forward_hook(hook) for module in net.modules()]
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            net(**{name: torch.from_numpy(array) for name, array in feed.items()})
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+        for each in hooks:
+            each.remove()
+    return {part: (macs, read) for part, (macs, read) in found.items()}
+
+
+def _part(operator: OperatorTime) -> str:
+    if operator.kind in _PRODUCTS:
+        return "attention" if len(operator.weight) != 2 else "linear layers"
+    for part, kinds in _PARTS.items():
+        if operator.kind in kinds:
+            deep = len(operator.weight) >= 3 and operator.weight[1] == 1 < operator.weight[0]
+            return "depthwise convolutions" if part == "convolutions" and deep else part
+    return _REST
+
+
+def _parts(
+    before: Sequence[OperatorTime], after: Sequence[OperatorTime], work: dict[str, tuple[int, int]]
+) -> tuple[Part, ...]:
+    def summed(operators: Sequence[OperatorTime]) -> dict[str, float]:
+        made: dict[str, float] = {}
+        for operator in operators:
+            made[_part(operator)] = made.get(_part(operator), 0.0) + operator.ms
+        return made
+
+    old, new = summed(before), summed(after)
+    if "depthwise convolutions" not in old and "depthwise convolutions" in work:
+        # this runtime does not tell them apart
+        deep, other = work["depthwise convolutions"], work.get("convolutions", (0, 0))
+        work = {**work, "convolutions": (deep[0] + other[0], deep[1] + other[1])}
+    made = []
+    for name in sorted({*old, *new}, key=lambda name: -old.get(name, 0.0)):
+        macs, read = work.get(name, (0, 0))
+        made.append(
+            Part(
+                name=name,
+                float_ms=old.get(name, 0.0),
+                int8_ms=new.get(name, 0.0),
+                macs=macs,
+                reuse=macs / read if read else 0.0,
+                operators=sum(_part(operator) == name for operator in before),
+            )
+        )
+    return tuple(made)
+
+
+def _reasons(parts: Sequence[Part], found: Comparison, left: Mapping[str, str]) -> tuple[str, ...]:
+    old, new = sum(p.float_ms for p in parts), sum(p.int8_ms for p in parts)
+    said = []
+    for part in parts:
+        if part.name in _LAYERS and part.float_ms >= 0.03 * old:
+            said.append(_layers_said(part, part.float_ms / old))
+    other_old = sum(p.float_ms for p in parts if p.name not in _LAYERS)
+    other_new = sum(p.int8_ms for p in parts if p.name not in _LAYERS)
+    rounding = next((p.int8_ms for p in parts if p.name == "rounding"), 0.0)
+    if other_new >= 0.03 * new:
+        most = old / other_new if other_new else float("inf")
+        said.append(
+            f"what is outside these layers takes {_share(other_old, old)} of the time in float and "
+            f"{_share(other_new, new)} in integers"
+            + (f", {_share(rounding, new)} for rounding itself" if rounding else "")
+            + f": were the layers free, the network would be {most:.1f}x as fast"
+        )
+    if left:
+        names = ", ".join(list(left)[:3]) + (" ..." if len(left) > 3 else "")
+        said.append(f"{len(left)} in float ({names}): {'; '.join(sorted(set(left.values())))}")
+    if found.verdict != "faster":
+        said.insert(0, f"integers do not make this network faster here ({found.verdict})")
+    return tuple(said)
+
+
+def _layers_said(part: Part, share: float) -> str:
+    gain = part.float_ms / part.int8_ms if part.int8_ms else float("inf")
+    each = part.float_ms / max(part.operators, 1)
+    said = f"{part.name} take {100 * share:.0f} % of the time in float, and are {gain:.1f}x as fast"
+    said += " in integers: "
+    served = f"each weight that is read serves {part.reuse:.0f} products"
+    if part.name == "recurrent layers":
+        return said + (
+            f"every step waits for the one before, and {served}: little arithmetic at once, so "
+            "integers help by reading fewer bytes, and the gates stay in float"
+        )
+    if part.name == "depthwise convolutions":
+        return said + "each input serves few products, so moving data is the limit, not arithmetic"
+    if part.reuse and part.reuse < _REUSE:
+        return said + f"{served}, so reading weights is the limit; integers are a quarter of that"
+    if each < _SMALL_MS:
+        return said + (
+            f"an operator takes {1e3 * each:.0f} us, of which starting it is a good part; "
+            f"{served}, so larger batches gain more"
+        )
+    if gain < 1.3:
+        return said + f"{served}, arithmetic is the limit, but this target's integers are no faster"
+    return said + f"{served}, so arithmetic is the limit, and integers do more of it at once"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "0 %"
