@@ -52,11 +52,12 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 ifeq ($(wildcard $(SHARED)/workloads),)
-	@echo 'skipped aa.py, agreement.py, mixed_precision.py, quantization_peers.py and repair.py: they need the shared data (set TERSOR_SHARED)'
+	@echo 'skipped aa.py, agreement.py, explain_int8.py, mixed_precision.py, quantization_peers.py and repair.py: they need the shared data (set TERSOR_SHARED)'
 else
 	$(BIN)/python benchmarks/aa.py $(SHARED)/workloads/cifar.py:resnet20 --data $(SHARED)/workloads/cifar.py:data
 	$(BIN)/python benchmarks/quantization_peers.py
 	$(BIN)/python benchmarks/mixed_precision.py
+	$(BIN)/python benchmarks/explain_int8.py
 	$(BIN)/python benchmarks/agreement.py
 	$(BIN)/python benchmarks/repair.py
 endif

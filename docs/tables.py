@@ -3,8 +3,8 @@
     python docs/tables.py [--check]
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
-compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `aa` or `startup`.
-No figure in it is typed by hand. `--check` changes nothing and exits with 1 where a page is not up
+compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`, `aa` or
+`startup`. No figure in it is typed by hand. `--check` changes nothing and exits with 1 where a page is not up
 to date.
 """
 
@@ -17,7 +17,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "README.zh-CN.md", "docs/measuring.md", "docs/results.md")
+PAGES = (
+    "README.md",
+    "README.zh-CN.md",
+    "docs/measuring.md",
+    "docs/results.md",
+    "docs/why-int8-pays.md",
+)
 Plain = Mapping[str, Any]
 
 
@@ -48,6 +54,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "repair": repair,
         "mixed": mixed,
         "agreement": agreement,
+        "explain": explained,
         "aa": self_check,
         "startup": startup,
     }
@@ -164,6 +171,44 @@ def agreement(chinese: bool) -> str:
                 f"{item['same_class']:.2f} % [{low:.2f}, {high:.2f}]",
                 f"{item['accuracy_in_memory']:.2f} %",
                 f"{item['accuracy_on_runtime']:.2f} %",
+            ]
+        )
+    return table(head, rows)
+
+
+def explained(chinese: bool) -> str:
+    """One row a network on a runtime at a batch size: the kinds of operators that take most."""
+    del chinese
+    raw = stored("explain_int8")
+    if raw is None:
+        return ""
+    head = ["network", "runtime", "batch", "faster, 95 %", "layers: share of float, gain, reuse"]
+    head += ["outside the layers: share of float, of int8"]
+    rows = []
+    for item in raw["results"]:
+        e = item["explanation"]
+        c, parts = e["comparison"], e["parts"]
+        old, new = (sum(p[side] for p in parts) for side in ("float_ms", "int8_ms"))
+        layers = [p for p in parts if p["macs"]]
+        said = []
+        for p in layers:
+            if p["float_ms"] < 0.03 * old:
+                continue
+            gain = "in float" if p["why_float"] else f"{p['float_ms'] / p['int8_ms']:.1f}x"
+            share = f"{100 * p['float_ms'] / old:.0f} %"
+            said.append(f"{p['name']} {share}, {gain}, {p['reuse']:.0f} products a weight read")
+        outside = [
+            100 * (1 - sum(p[side] for p in layers) / whole)
+            for side, whole in (("float_ms", old), ("int8_ms", new))
+        ]
+        rows.append(
+            [
+                item["network"],
+                e["target"]["runtime"],
+                str(e["batch"]),
+                f"{c['speedup']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]",
+                "; ".join(said),
+                f"{outside[0]:.0f} %, {outside[1]:.0f} %",
             ]
         )
     return table(head, rows)

@@ -148,15 +148,9 @@ def _recipe(
 ) -> "Recipe":
     """Read the recipe that the words name; a target in the words replaces the recipe's."""
     from tersor.core.errors import RecipeError
-    from tersor.core.recipe import Recipe, check_target, find, read_yaml, recipes
-    from tersor.core.runtime import Target
+    from tersor.core.recipe import Recipe, find, read_target, read_yaml, recipes
 
-    try:
-        asked = None if target is None else Target.parse(target)
-    except ValueError as error:
-        raise RecipeError(f"--target: {error}") from error
-    if asked is not None:
-        check_target(asked)
+    asked = read_target(target)
     if (name is None) == (again is None):
         raise RecipeError(
             f"give either --recipe or --again; recipes of the package: {', '.join(recipes())}"

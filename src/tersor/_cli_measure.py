@@ -38,11 +38,12 @@ def measure(
     A folder or a model file is measured as it is; a network in Python is exported first.
     """
     from tersor.core import plugins
+    from tersor.core.recipe import read_target
 
     names = tuple(dict.fromkeys(metrics)) or METRICS
     for name in names:
         plugins.metric(name)
-    asked = _target(target)
+    asked = read_target(target)
     path = Path(subject)
     if path.is_dir() or path.suffix in _RUN_FILES:
         from tersor import benchmark
@@ -136,6 +137,7 @@ def compare(
         The exit code: 1 where `gate` asks for more than what was found.
     """
     from tersor.core.errors import RecipeError, suggest
+    from tersor.core.recipe import read_target
 
     if gate is not None and gate not in _GATES:
         raise RecipeError(
@@ -149,7 +151,7 @@ def compare(
         a,
         a if b is None else b,
         data=None if data is None else _data(data),
-        target=_target(target),
+        target=read_target(target),
         batch=batch,
         threads=threads,
         min_effect=min_effect,
@@ -200,21 +202,6 @@ def _figures(found: "Sequence[Measurement]") -> str:
 
     rows = [(metric_word(m.metric), figure(m), m.how) for m in found]
     return table(("metric", "value", "how"), rows)
-
-
-def _target(text: str | None) -> "Target | None":
-    from tersor.core.errors import RecipeError
-    from tersor.core.recipe import check_target
-    from tersor.core.runtime import Target
-
-    if text is None:
-        return None
-    try:
-        made = Target.parse(text)
-    except ValueError as error:
-        raise RecipeError(f"--target: {error}") from error
-    check_target(made)
-    return made
 
 
 def _data(text: str) -> Any:

@@ -7,7 +7,18 @@ import typer
 
 from tersor._cli_talk import KINDS
 
-VERBS = ("compress", "measure", "compare", "run", "list", "show", "inspect", "doctor", "demo")
+VERBS = (
+    "compress",
+    "measure",
+    "compare",
+    "explain",
+    "run",
+    "list",
+    "show",
+    "inspect",
+    "doctor",
+    "demo",
+)
 
 
 def _example(*lines: str) -> str:
@@ -275,6 +286,51 @@ def compare(
         aa=aa,
         gate=gate,
         seed=seed,
+        as_json=json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
+    short_help="say why 8-bit integers make a network faster, or not",
+    epilog=_example("tersor explain tersor.demo.network:trained --data digits"),
+)
+def explain(
+    model: Model,
+    data: Data = None,
+    target: Target = None,
+    technique: Annotated[
+        str | None,
+        _option("--technique", "static|dynamic", "dynamic if there are recurrent layers"),
+    ] = None,
+    batch: Batch = 1,
+    threads: Threads = None,
+    budget: Annotated[
+        float, _option("--budget", "SECONDS", "longest contest", min=0.1, show_default=True)
+    ] = 6.0,
+    weights: Weights = None,
+    partial: Partial = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say why 8-bit integers make a network faster on a target, or not.
+
+    The network is quantized and runs in float and in integers under the runtime's profiler: where
+    the time goes, what gets faster, and what holds the rest back. Nothing is written.
+    """
+    from tersor import _cli_explain
+
+    del debug
+    code = _cli_explain.explain(
+        model,
+        data=data,
+        target=target,
+        technique=technique,
+        batch=batch,
+        threads=threads,
+        budget_s=budget,
+        weights=weights,
+        partial=partial,
         as_json=json,
     )
     raise typer.Exit(code)

@@ -5,6 +5,7 @@ profiler. What each kind of operator takes before and after is set beside the wo
 multiply-accumulates, and how many of them each weight serves once it is read.
 """
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +25,18 @@ from tersor.core.model import Inputs, Model
 from tersor.core.runtime import Arrays, OperatorTime, Target
 from tersor.core.statistics import Comparison
 from tersor.feeds import arrays_of, timing_inputs
+from tersor.ops.fake_quantize import settle
 from tersor.ops.losses import labelled_loss
 from tersor.plan import make_inputs, try_forward
 
 Quantizer = Literal["static", "dynamic"]
-_RUNS, _WARM = 40, 10
+_RUNS = 50
 _REUSE = 16
 """Products for each weight read below which reading, not arithmetic, is taken for the limit."""
 _SMALL_MS = 0.01
+"""Operators shorter than this are mostly overhead."""
+_NO_GAIN = 1.3
+_DEEP = "depthwise convolutions"
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "convolutions": (
         "Conv",
@@ -71,8 +76,18 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "rounding": ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "FakeQuantize"),
 }
 _PRODUCTS = ("MatMul", "FusedMatMul", "QLinearMatMul")
-_LAYERS = ("convolutions", "depthwise convolutions", "recurrent layers", "linear layers")
+_LAYERS = ("convolutions", _DEEP, "recurrent layers", "linear layers")
 _REST = "everything else"
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """What the layers of one kind do in a run."""
+
+    macs: int = 0
+    read: int = 0
+    """Weights, counted each time they are read."""
+    layers: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +104,8 @@ class Part:
     """Multiply-accumulates for each weight that is read; 0: no weights."""
     operators: int = 0
     """Of this kind, in float."""
+    why_float: str = ""
+    """Why no layer of this kind is in integers, where none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +185,9 @@ def explain(
         finally:
             for candidate in pair:
                 candidate.close()
-        repeated = [feeds[i % len(feeds)] for i in range(_WARM + _RUNS)]
-        profiles = [runtime.profile(c.files[0], c.target, repeated) for c in pair]
-    parts = _parts(*profiles, work)
+        repeated = [feeds[i % len(feeds)] for i in range(_RUNS)]
+        before, after = (runtime.profile(c.files[0], c.target, repeated) for c in pair)
+    parts = _parts(before, after, work, left)
     return Explanation(
         target=chosen,
         batch=batch,
@@ -191,8 +208,6 @@ def _quantized(
     model: Model, technique: Quantizer, inputs: Inputs, data: Data, target: Target
 ) -> tuple[Any, Mapping[str, str]]:
     """Apply the technique to a copy of the network."""
-    import copy
-
     step = plugins.technique(technique)
 
     def unused(nets: Sequence[Any]) -> Sequence[float]:
@@ -209,35 +224,37 @@ def _quantized(
             work_dir=Path(folder),
         )
         made = step.apply(copy.deepcopy(model.net), step.config(), context)
-    return made, context.facts.get("left_in_float", {})
+    return settle(made), context.facts.get("left_in_float", {})
 
 
-def _work(net: nn.Module, feed: Arrays) -> dict[str, tuple[int, int]]:
+def _work(net: nn.Module, feed: Arrays) -> dict[str, _Work]:
     """Count multiply-accumulates and weights read, for each kind of layer, on one batch."""
-    found: dict[str, list[int]] = {}
-
-    def count(part: str, macs: int, read: int) -> None:
-        total = found.setdefault(part, [0, 0])
-        total[0] += macs
-        total[1] += read
+    found: dict[str, _Work] = {}
+    names = {module: name for name, module in net.named_modules()}
 
     def hook(layer: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        weights, reads = 0, 1
         if isinstance(layer, nn.modules.conv._ConvNd):
-            weights = layer.weight.numel()
-            per_sample = (given[0] if layer.transposed else made).numel() * layer.weight[0].numel()
             deep = layer.groups > 1 and layer.groups == layer.in_channels
-            count("depthwise convolutions" if deep else "convolutions", per_sample, weights)
+            part = _DEEP if deep else "convolutions"
+            weights = layer.weight.numel()
+            macs = (given[0] if layer.transposed else made).numel() * layer.weight[0].numel()
         elif isinstance(layer, nn.Linear):
-            count("linear layers", made.numel() * layer.in_features, layer.weight.numel())
+            part, weights = "linear layers", layer.weight.numel()
+            macs = made.numel() * layer.in_features
         elif isinstance(layer, nn.MultiheadAttention):
-            weights = 4 * layer.embed_dim**2
-            count("linear layers", made[0].numel() * 4 * layer.embed_dim, weights)
+            part, weights = "linear layers", 4 * layer.embed_dim**2
+            macs = made[0].numel() * 4 * layer.embed_dim
         elif isinstance(layer, nn.RNNBase):
             x = given[0] if isinstance(given[0], Tensor) else given[0].data
+            part = "recurrent layers"
             weights = sum(p.numel() for n, p in layer.named_parameters() if "weight" in n)
-            steps = x.shape[1 if layer.batch_first else 0] if x.dim() == 3 else x.shape[0]
-            rows = x.numel() // x.shape[-1]
-            count("recurrent layers", rows * weights, steps * weights)
+            reads = x.shape[1 if layer.batch_first and x.dim() == 3 else 0]
+            macs = x.numel() // x.shape[-1] * weights
+        if weights:
+            work = found.setdefault(part, _Work())
+            work.macs, work.read = work.macs + macs, work.read + reads * weights
+            work.layers.add(names[layer])
 
     hooks = [module.register_forward_hook(hook) for module in net.modules()]
     before = torch.backends.mha.get_fastpath_enabled()
@@ -249,7 +266,7 @@ def _work(net: nn.Module, feed: Arrays) -> dict[str, tuple[int, int]]:
         torch.backends.mha.set_fastpath_enabled(before)
         for each in hooks:
             each.remove()
-    return {part: (macs, read) for part, (macs, read) in found.items()}
+    return found
 
 
 def _part(operator: OperatorTime) -> str:
@@ -258,12 +275,15 @@ def _part(operator: OperatorTime) -> str:
     for part, kinds in _PARTS.items():
         if operator.kind in kinds:
             deep = len(operator.weight) >= 3 and operator.weight[1] == 1 < operator.weight[0]
-            return "depthwise convolutions" if part == "convolutions" and deep else part
+            return _DEEP if part == "convolutions" and deep else part
     return _REST
 
 
 def _parts(
-    before: Sequence[OperatorTime], after: Sequence[OperatorTime], work: dict[str, tuple[int, int]]
+    before: Sequence[OperatorTime],
+    after: Sequence[OperatorTime],
+    work: Mapping[str, _Work],
+    left: Mapping[str, str],
 ) -> tuple[Part, ...]:
     def summed(operators: Sequence[OperatorTime]) -> dict[str, float]:
         made: dict[str, float] = {}
@@ -272,21 +292,27 @@ def _parts(
         return made
 
     old, new = summed(before), summed(after)
-    if "depthwise convolutions" not in old and "depthwise convolutions" in work:
-        # this runtime does not tell them apart
-        deep, other = work["depthwise convolutions"], work.get("convolutions", (0, 0))
-        work = {**work, "convolutions": (deep[0] + other[0], deep[1] + other[1])}
+    if _DEEP not in old and _DEEP in work:  # this runtime does not tell them apart
+        deep, other = work[_DEEP], work.get("convolutions", _Work())
+        both = _Work(
+            macs=deep.macs + other.macs,
+            read=deep.read + other.read,
+            layers=deep.layers | other.layers,
+        )
+        work = {**work, "convolutions": both}
     made = []
     for name in sorted({*old, *new}, key=lambda name: -old.get(name, 0.0)):
-        macs, read = work.get(name, (0, 0))
+        own = work.get(name, _Work())
+        stays = [left[layer] for layer in sorted(own.layers) if layer in left]
         made.append(
             Part(
                 name=name,
                 float_ms=old.get(name, 0.0),
                 int8_ms=new.get(name, 0.0),
-                macs=macs,
-                reuse=macs / read if read else 0.0,
+                macs=own.macs,
+                reuse=own.macs / own.read if own.read else 0.0,
                 operators=sum(_part(operator) == name for operator in before),
+                why_float=stays[0] if stays and len(stays) == len(own.layers) else "",
             )
         )
     return tuple(made)
@@ -295,50 +321,58 @@ def _parts(
 def _reasons(parts: Sequence[Part], found: Comparison, left: Mapping[str, str]) -> tuple[str, ...]:
     old, new = sum(p.float_ms for p in parts), sum(p.int8_ms for p in parts)
     said = []
-    for part in parts:
-        if part.name in _LAYERS and part.float_ms >= 0.03 * old:
-            said.append(_layers_said(part, part.float_ms / old))
-    other_old = sum(p.float_ms for p in parts if p.name not in _LAYERS)
-    other_new = sum(p.int8_ms for p in parts if p.name not in _LAYERS)
+    if found.verdict != "faster":
+        said.append(f"integers do not make this network faster here: {found.verdict}")
+    said += [
+        _layers_said(part, part.float_ms / old)
+        for part in parts
+        if part.name in _LAYERS and part.float_ms >= 0.03 * old
+    ]
+    other_old, other_new = (
+        sum(getattr(p, side) for p in parts if p.name not in _LAYERS)
+        for side in ("float_ms", "int8_ms")
+    )
     rounding = next((p.int8_ms for p in parts if p.name == "rounding"), 0.0)
     if other_new >= 0.03 * new:
-        most = old / other_new if other_new else float("inf")
+        taken = f", {_share(rounding, new)} for rounding itself" if rounding >= 0.01 * new else ""
         said.append(
-            f"what is outside these layers takes {_share(other_old, old)} of the time in float and "
-            f"{_share(other_new, new)} in integers"
-            + (f", {_share(rounding, new)} for rounding itself" if rounding else "")
-            + f": were the layers free, the network would be {most:.1f}x as fast"
+            f"what is outside the layers takes {_share(other_old, old)} of the time in float and "
+            f"{_share(other_new, new)} in integers{taken}: were the layers free, the network would "
+            f"be {old / other_new:.1f}x as fast"
         )
     if left:
         names = ", ".join(list(left)[:3]) + (" ..." if len(left) > 3 else "")
-        said.append(f"{len(left)} in float ({names}): {'; '.join(sorted(set(left.values())))}")
-    if found.verdict != "faster":
-        said.insert(0, f"integers do not make this network faster here ({found.verdict})")
+        said.append(f"in float stay {names}: {'; '.join(sorted(set(left.values())))}")
     return tuple(said)
 
 
 def _layers_said(part: Part, share: float) -> str:
     gain = part.float_ms / part.int8_ms if part.int8_ms else float("inf")
-    each = part.float_ms / max(part.operators, 1)
-    said = f"{part.name} take {100 * share:.0f} % of the time in float, and are {gain:.1f}x as fast"
-    said += " in integers: "
-    served = f"each weight that is read serves {part.reuse:.0f} products"
+    said = f"{part.name} take {100 * share:.0f} % of the time in float"
+    if part.why_float:
+        return f"{said} and stay there: {part.why_float}"
+    said += f" and are {gain:.1f}x as fast in integers: "
+    times = f"{part.reuse:.0f} products" if part.reuse >= 1.5 else "one product"
+    served = f"each weight that is read serves {times}"
     if part.name == "recurrent layers":
         return said + (
-            f"every step waits for the one before, and {served}: little arithmetic at once, so "
-            "integers help by reading fewer bytes, and the gates stay in float"
+            f"every step waits for the one before, and {served}, so reading weights is the limit. "
+            "Integers are a quarter of the bytes; gates and states stay in float"
         )
-    if part.name == "depthwise convolutions":
+    if part.name == _DEEP:
         return said + "each input serves few products, so moving data is the limit, not arithmetic"
     if part.reuse and part.reuse < _REUSE:
         return said + f"{served}, so reading weights is the limit; integers are a quarter of that"
+    each = part.float_ms / max(part.operators, 1)
     if each < _SMALL_MS:
         return said + (
-            f"an operator takes {1e3 * each:.0f} us, of which starting it is a good part; "
-            f"{served}, so larger batches gain more"
+            f"{served}, but an operator takes {1e3 * each:.0f} us, of which starting it is a good "
+            "part; larger batches gain more"
         )
-    if gain < 1.3:
-        return said + f"{served}, arithmetic is the limit, but this target's integers are no faster"
+    if gain < _NO_GAIN:
+        return (
+            said + f"{served}, so arithmetic is the limit, and this machine's integers add little"
+        )
     return said + f"{served}, so arithmetic is the limit, and integers do more of it at once"
 
 

@@ -123,7 +123,7 @@ def test_a_ceiling_is_not_passed() -> None:
     )
     with torch.no_grad():
         fake.factor.fill_(1.5)
-    assert fake.settled().scale == pytest.approx(6 / 255)
+    assert 0.999 * 6 / 255 < fake.settled().scale <= 6 / 255
 
 
 def test_rounding_is_not_trained_in_bfloat16() -> None:

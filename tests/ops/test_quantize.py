@@ -2,23 +2,30 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from tersor.ops.quantize import activation_grid, channel_scales, group_codes, symmetric_codes
+from tersor.ops.quantize import (
+    activation_grid,
+    channel_scales,
+    exact_scale,
+    group_codes,
+    symmetric_codes,
+)
 
 
 def test_activation_grid_covers_range_and_holds_zero() -> None:
     scale, zero, low, high = activation_grid(-1.0, 3.0)
     assert (low, high) == (0, 255)
-    assert scale == pytest.approx(4 / 255, rel=1e-6)
+    assert scale == pytest.approx(4 / 255, rel=1e-3)
     assert zero == round(1 / (4 / 255))
 
 
 def test_positive_range_is_widened_to_zero() -> None:
     scale, zero, _, _ = activation_grid(2.0, 5.0)
     assert zero == 0
-    assert scale == pytest.approx(5 / 255, rel=1e-6)
+    assert scale == pytest.approx(5 / 255, rel=1e-3)
 
 
 def test_negative_range_ends_at_the_highest_code() -> None:
@@ -28,7 +35,7 @@ def test_negative_range_ends_at_the_highest_code() -> None:
 def test_symmetric_grid_is_signed_without_zero() -> None:
     scale, zero, low, high = activation_grid(-1.0, 2.0, symmetric=True)
     assert (zero, low, high) == (0, -128, 127)
-    assert scale == pytest.approx(2 / 127, rel=1e-6)
+    assert scale == pytest.approx(2 / 127, rel=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -47,7 +54,20 @@ def test_inside_never_passes_the_end(top: float) -> None:
     scale, zero, _, high = activation_grid(0.0, top, inside=True)
     scale32 = torch.tensor(scale, dtype=torch.float32)
     assert float(scale32 * (high - zero)) <= top
-    assert scale == pytest.approx(top / 255, rel=1e-5)
+    assert scale == pytest.approx(top / 255, rel=1e-3)
+
+
+def test_scales_are_exact_in_float32() -> None:
+    generator = np.random.default_rng(0)
+    for scale, zero in zip(10 ** generator.uniform(-6, 3, 500), range(500), strict=True):
+        zero %= 256
+        made = exact_scale(float(scale), zero)
+        assert made == pytest.approx(scale, rel=1e-3)
+        low, high = np.float32(-zero * made), np.float32((255 - zero) * made)
+        assert (float(low), float(high)) == (-zero * made, (255 - zero) * made)
+        # the zero as OpenVINO computes it from the ends
+        assert -low * (np.float32(255) / (high - low)) == zero
+        assert exact_scale(float(scale), zero, most=float(scale)) < scale
 
 
 def test_range_must_be_finite() -> None:

@@ -230,6 +230,22 @@ def _target(raw: Any, mistakes: Mistakes) -> Target | None:
     return target
 
 
+def read_target(text: str | None) -> Target | None:
+    """Read and check RUNTIME[:DEVICE], as the command line takes it.
+
+    Raises:
+        RecipeError: it has another form, or does not exist.
+    """
+    if text is None:
+        return None
+    try:
+        made = Target.parse(text)
+    except ValueError as error:
+        raise RecipeError(f"--target: {error}") from error
+    check_target(made)
+    return made
+
+
 def check_target(target: Target) -> None:
     """Refuse a target whose runtime, device or options do not exist.
 

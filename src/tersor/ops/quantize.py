@@ -80,10 +80,9 @@ def exact_scale(scale: float, zero: int, most: float | None = None) -> float:
 
 
 def _zero_is_exact(scale: float, zero: int) -> bool:
-    low, high = np.float32(-zero * scale), np.float32((255 - zero) * scale)
-    if not high > low:
-        return False
-    return bool(-low * (np.float32(255) / (high - low)) == np.float32(zero))
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = np.float32(-zero * scale), np.float32((255 - zero) * scale)
+        return bool(-low * (np.float32(255) / (high - low)) == np.float32(zero))
 
 
 def channel_scales(
