@@ -4,8 +4,8 @@
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
 compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`, `aa` or
-`startup`. No figure in it is typed by hand. `--check` changes nothing and exits with 1 where a page is not up
-to date.
+`startup`. No figure in it is typed by hand. `--check` changes nothing and exits with 1 where a page
+is not up to date.
 """
 
 import argparse
