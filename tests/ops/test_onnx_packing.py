@@ -1,12 +1,20 @@
 """Packed weights: smaller files that compute the same."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from tersor.core import plugins
+from tersor.core.model import Inputs
+from tersor.core.runtime import Target
 from tersor.ops.lower import lower
+from tersor.ops.modules import GroupedLinear
 from tersor.ops.onnx_packing import pack_weights, packed
+from tersor.ops.quantize import group_codes
 from tersor.quantization.static import Static, static
 from tests import networks
 
@@ -42,6 +50,30 @@ def test_a_packed_network_is_smaller_and_computes_the_same(bits: int, tiny_conte
         for m in (model, small)
     ]
     assert np.array_equal(*outputs)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_groups_of_few_bits_are_packed(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    layer = nn.Linear(64, 256)
+    made = GroupedLinear(64, 256, bits=bits, group_size=32, symmetric=symmetric).eval()
+    made.weight, made.scale, made.zero = group_codes(
+        layer.weight.detach(), bits=bits, group_size=32, symmetric=symmetric
+    )
+    made.bias, x = layer.bias, torch.randn(5, 64)
+    ways = Inputs(example={"x": x[:2]}, dynamic={"x": {0: "batch"}})
+    model = lower(made, "onnx", ways)
+    small = pack_weights(model)
+    assert small.ByteSize() < model.ByteSize() - 64 * 256 * (8 - bits) / 8 + 2500
+    runtime = plugins.runtime("onnxruntime")
+    (file,) = runtime.export(model, tmp_path, ways)
+    assert file.stat().st_size == small.ByteSize()
+    runner = runtime.load(file, Target(runtime="onnxruntime", options={"threads": 1}))
+    with torch.no_grad():
+        wanted = made(x).numpy()
+    (found,) = runner.bind({"x": x.numpy()})().values()
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_bytes_stay_as_they_are(tiny_context: Any) -> None:

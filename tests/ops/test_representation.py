@@ -122,6 +122,8 @@ def test_openvino_computes_all_layers_in_integers(tmp_path: Path) -> None:
         (4, False, (6, 64)),
         (8, True, (6, 64)),
         (8, False, (6, 64)),
+        (3, True, (6, 64)),
+        (2, False, (6, 64)),
         (4, True, (6, 5, 64)),
     ],
 )

@@ -69,7 +69,14 @@ def test_outputs_move_by_the_rounding_only(
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
-    "config", [WeightOnly(), WeightOnly(bits=4), WeightOnly(bits=4, symmetric=False)]
+    "config",
+    [
+        WeightOnly(),
+        WeightOnly(bits=4),
+        WeightOnly(bits=4, symmetric=False),
+        WeightOnly(bits=3),
+        WeightOnly(bits=2, symmetric=False, group_size=8),
+    ],
 )
 def test_runtimes_agree_with_memory(
     config: WeightOnly, runtime: str, tiny_context: Any, tmp_path: Path

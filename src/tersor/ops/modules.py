@@ -246,7 +246,7 @@ class GroupedLinear(nn.Module):
     Args:
         in_features: Length of a row.
         out_features: Number of rows.
-        bits: 4 or 8; codes are kept in a byte each and packed when written to a file.
+        bits: 2 to 8; codes are kept in a byte each, and packed in files that can hold them so.
         group_size: Values that share a scale; divides `in_features`.
         symmetric: Signed codes without zeros; else unsigned codes with a zero for each group.
         bias: Whether there is one.

@@ -14,7 +14,7 @@ _WORTH = 1024
 
 
 def pack_weights(model: Any) -> Any:
-    """Pack the int8 weights of DequantizeLinear whose codes all fit fewer bits.
+    """Pack the weights of DequantizeLinear, int8 or uint8, whose codes all fit fewer bits.
 
     Args:
         model: onnx.ModelProto of opset 18 or later. Not modified.
@@ -31,10 +31,11 @@ def pack_weights(model: Any) -> Any:
             uses.setdefault(name, []).append(node)
     chosen: dict[str, int] = {}
     for name, tensor in initializers.items():
-        if tensor.data_type != onnx.TensorProto.INT8 or len(tensor.dims) < 2:
+        kinds = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        if tensor.data_type not in kinds or len(tensor.dims) < 2:
             continue
         codes = onnx.numpy_helper.to_array(tensor)
-        bits = int(np.abs(codes.astype(np.int16)).max(initial=0)).bit_length() + 1
+        bits = _bits(codes)
         plain = all(n.op_type == "DequantizeLinear" and n.input[0] == name for n in uses[name])
         if plain and bits < 8 and codes.size * (8 - bits) // 8 > _WORTH:
             chosen[name] = bits
@@ -53,9 +54,17 @@ def pack_weights(model: Any) -> Any:
     return made
 
 
+def _bits(codes: np.ndarray) -> int:
+    """Return the fewest bits, 1 at least, that hold all codes."""
+    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+    if codes.dtype == np.uint8:
+        return max(high.bit_length(), 1)
+    return max(high, -1 - low).bit_length() + 1
+
+
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack codes, `bits` bytes for every eight of them: uint8 (groups, bits)."""
-    lifted = (codes.reshape(-1).astype(np.int64) + (1 << (bits - 1))).astype(np.uint64)
+    lifted = (codes.reshape(-1).astype(np.int64) + _lift(codes, bits)).astype(np.uint64)
     eights = np.pad(lifted, (0, -len(lifted) % 8)).reshape(-1, 8)
     places = np.arange(8, dtype=np.uint64) * np.uint64(bits)
     words = np.bitwise_or.reduce(eights << places, axis=1)
@@ -64,8 +73,13 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     return made
 
 
+def _lift(codes: np.ndarray, bits: int) -> int:
+    """Return what makes signed codes unsigned."""
+    return 0 if codes.dtype == np.uint8 else 1 << (bits - 1)
+
+
 def _unpacking(graph: Any, name: str, codes: np.ndarray, bits: int) -> list[Any]:
-    """Return the nodes that turn packed codes into the int8 tensor `name`."""
+    """Return the nodes that turn packed codes into the tensor `name`."""
     import onnx
 
     kinds = onnx.TensorProto
@@ -108,12 +122,11 @@ def _unpacking(graph: Any, name: str, codes: np.ndarray, bits: int) -> list[Any]
     lifted = write(
         "BitwiseAnd", parts, constant(f"mask{bits}", np.array((1 << bits) - 1, np.uint64))
     )
-    less = write(
-        "Sub",
-        write("Cast", lifted, to=kinds.INT32),
-        constant(f"zero{bits}", np.array(1 << (bits - 1), np.int32)),
-    )
-    flat = write("Cast", less, to=kinds.INT8)
+    lift, kind = _lift(codes, bits), kinds.INT8 if codes.dtype == np.int8 else kinds.UINT8
+    flat = write("Cast", lifted, to=kinds.INT32)
+    if lift:
+        flat = write("Sub", flat, constant(f"zero{bits}", np.array(lift, np.int32)))
+    flat = write("Cast", flat, to=kind)
     if codes.size % 8:
         flat = write(
             "Slice",

@@ -154,11 +154,11 @@ def group_codes(
     """Quantize weights in groups along a row, each with its own scale.
 
     A symmetric scale is the better, in squared error, of "the largest magnitude is the lowest code"
-    (-8, or -128) and "it is the highest" (7, or 127); its sign may thus be negative.
+    (-8 of 4 bits) and "it is the highest" (7); its sign may thus be negative.
 
     Args:
         weight_OI: Weights, float.
-        bits: 4 or 8.
+        bits: 2 to 8.
         group_size: Values that share a scale; divides I.
         symmetric: Signed codes without a zero; else unsigned codes with a zero for each group.
         clip: Narrow each range to the one with the smallest squared error.

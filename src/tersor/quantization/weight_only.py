@@ -1,4 +1,4 @@
-"""Weight-only: weights as 8- or 4-bit integers in groups, activations in float; smaller files."""
+"""Weight-only: weights as integers of 8 to 2 bits, activations in float; smaller files."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,12 +20,13 @@ from tersor.ops.twin import remember
 class WeightOnly:
     """Settings of weight-only quantization."""
 
-    bits: Literal[8, 4] = 8
-    """Bits of a weight. Convolutions are left in float at 4."""
+    bits: Literal[8, 4, 3, 2] = 8
+    """Bits of a weight. Convolutions are left in float below 8. Files for ONNX Runtime hold 3 and 2
+    bits packed, those for other runtimes in a byte each; both compute with bytes then."""
     group_size: int | None = None
-    """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 at 4 bits where
-    it divides the row, else -1. ONNX Runtime multiplies by packed weights only for powers of two
-    from 16 on."""
+    """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 below 8 bits
+    where it divides the row, else -1. ONNX Runtime multiplies by packed weights only for powers of
+    two from 16 on."""
     symmetric: bool = True
     """Codes around 0; else each group has a zero of its own."""
     weight_range: Literal["max", "mse"] = "max"
@@ -66,8 +67,8 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
         reason = why_not(layer)
         if reason is None and not config.layers.holds(name):
             reason = "excluded by layers"
-        if reason is None and config.bits == 4 and not isinstance(layer, nn.Linear):
-            reason = "a convolution, which no runtime here computes from 4-bit weights"
+        if reason is None and config.bits < 8 and not isinstance(layer, nn.Linear):
+            reason = f"a convolution, which no runtime here computes from {config.bits}-bit weights"
         if reason is None:
             chosen[name] = layer
         else:
@@ -108,7 +109,7 @@ def _check_size(name: str, columns: int, config: WeightOnly) -> None:
 def _size(columns: int, config: WeightOnly) -> int:
     """Return the values of a row of `columns` that share a scale."""
     if config.group_size is None:
-        return 32 if config.bits == 4 and columns % 32 == 0 else columns
+        return 32 if config.bits < 8 and columns % 32 == 0 else columns
     return columns if config.group_size == -1 else config.group_size
 
 
