@@ -167,7 +167,7 @@ def agreement(chinese: bool) -> str:
             [
                 item["network"],
                 item["runtime"],
-                f"{item['within_one_step']:.2f} %",
+                f"{item['within_one_step']:.3f} %",
                 f"{item['same_class']:.2f} % [{low:.2f}, {high:.2f}]",
                 f"{item['accuracy_in_memory']:.2f} %",
                 f"{item['accuracy_on_runtime']:.2f} %",

@@ -9,6 +9,12 @@ import torch
 
 from tersor.core.errors import RecipeError, UnfitError
 from tersor.core.layers import Layers
+from tersor.ops.capture import capture
+from tersor.ops.fold import fold_batch_norms
+from tersor.ops.losses import divergence
+from tersor.ops.modules import quantized, rows
+from tersor.ops.quantize import channel_scales
+from tersor.ops.twin import gather
 from tersor.quantization.mixed_precision import MixedPrecision, mixed_precision, solve
 from tests import networks
 
@@ -47,6 +53,25 @@ def test_budget_holds_and_the_report_repeats_it(tiny_context: Any) -> None:
     x = networks.digits()[0][:64]
     with torch.no_grad():
         assert torch.equal(made(x), again(x))
+
+
+def test_a_sensitivity_is_the_loss_of_one_layer_alone(tiny_context: Any) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    mixed_precision(copy.deepcopy(net), MixedPrecision(samples=64), context)
+    captured = capture(copy.deepcopy(net), context.inputs)
+    fold_batch_norms(captured, context.inputs)
+    batch = gather(captured, context.data.calibration, context.inputs, 64)
+    for name in ("conv1", "block2.shortcut", "fc"):
+        layer = captured.get_submodule(name)
+        scale_O = channel_scales(rows(layer), bits=4, clip=True)
+        with torch.no_grad():
+            wanted = captured(**batch)
+            captured.set_submodule(name, quantized(layer, scale_O, 4))
+            direct = float(divergence(captured(**batch), wanted, 1))
+        captured.set_submodule(name, layer)
+        found = context.facts["sensitivities"][name]["4"]
+        assert found == pytest.approx(direct, rel=1e-3)
 
 
 def test_layers_may_stay_in_float(tiny_context: Any) -> None:

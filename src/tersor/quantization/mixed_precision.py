@@ -130,24 +130,52 @@ def _weights(captured: fx.GraphModule, name: str) -> int:
 def _sensitivities(
     captured: fx.GraphModule, chosen: Sequence[str], config: MixedPrecision, context: Context
 ) -> dict[str, dict[int, float]]:
-    """Return the loss of each layer with each number of bits, all other layers in float."""
+    """Return the loss of each layer with each number of bits, all other layers in float.
+
+    The network runs once, node by node; what follows a layer runs again for each rounding of it.
+    """
     batch = gather(captured, context.data.calibration, context.inputs, config.samples)
     found: dict[str, dict[int, float]] = {}
+    nodes = list(captured.graph.nodes)
+    last = {used: node for node in nodes for used in node.all_input_nodes}
+    done: dict[fx.Node, Any] = {}
     with torch.no_grad():
         wanted = first_output(captured(**batch))
         dimension = class_dimension(wanted, None)
-        for name in context.track(chosen, "measuring sensitivities"):
-            layer, own = captured.get_submodule(name), found.setdefault(name, {})
-            for bits in config.weight_bits:
-                if bits == _FLOAT:
-                    own[bits] = 0.0
-                    continue
-                scale_O = weight_scales(captured, name, (), bits=bits, clip=True)
-                captured.set_submodule(name, quantized(layer, scale_O, bits))
-                made = first_output(captured(**batch))
-                own[bits] = max(float(divergence(made, wanted, dimension)), 0.0)
-                captured.set_submodule(name, layer)
+        walk = fx.Interpreter(captured)
+        walk.args_iter = iter([batch.get(str(n.target)) for n in nodes if n.op == "placeholder"])
+        walk.env = done
+        for node in context.track(nodes, "measuring sensitivities"):
+            name = str(node.target)
+            if node.op == "call_module" and name in chosen and name not in found:
+                found[name] = {
+                    bits: _loss(captured, name, bits, done, wanted, dimension)
+                    for bits in config.weight_bits
+                }
+            done[node] = walk.run_node(node)
+            for used in node.all_input_nodes:
+                if last[used] is node:
+                    done[used] = None  # needed no more, and not to be computed again
     return found
+
+
+def _loss(
+    captured: fx.GraphModule,
+    name: str,
+    bits: int,
+    done: Mapping[fx.Node, Any],
+    wanted: torch.Tensor,
+    dimension: int | None,
+) -> float:
+    """Go on from the nodes that are done, with layer `name` rounded."""
+    if bits == _FLOAT:
+        return 0.0
+    layer = captured.get_submodule(name)
+    scale_O = weight_scales(captured, name, (), bits=bits, clip=True)
+    captured.set_submodule(name, quantized(layer, scale_O, bits))
+    rest = fx.Interpreter(captured).run(initial_env=dict(done), enable_io_processing=False)
+    captured.set_submodule(name, layer)
+    return max(float(divergence(first_output(rest), wanted, dimension)), 0.0)
 
 
 def solve(
