@@ -26,6 +26,9 @@ torch runs torchao's program (Inductor) and torch's dynamic quantization (eager)
 their own environment, in one process with fp32 and tersor's files on ONNX Runtime, and their rows
 give the ratio to fp32 on ONNX Runtime.
 
+Networks are independent of each other: with `--networks`, what a stored report of the same peers and
+arguments holds of the others stays.
+
 **Verdicts**, for each runtime and each file of tersor: `not_worse` than every peer in quality (at
 most 0.3 point lower, or at most 2 samples); `better_than_every_peer` in quality (interval above
 zero) or in latency at a batch size ("faster" by `judge`: interval above 1, and 3 % at least)
@@ -120,23 +123,47 @@ def main() -> int:
     from tersor.core.hardware import environment
 
     pins = [f"environments/{name}.txt" for name in sorted(set(ENVIRONMENTS.values()))]
-    rows, verdicts = [], []
-    for name in arguments.networks.split(","):
+    about = {
+        "command": "python benchmarks/quantization_peers.py",
+        "arguments": {"seconds": arguments.seconds, "threads": arguments.threads},
+        "environment": environment(),
+        "peers": sorted({p for f in pins for p in (HERE / f).read_text("utf-8").split()}),
+    }
+    asked = arguments.networks.split(",")
+    rows, verdicts = kept(arguments.out, about, asked)
+    for name in asked:
         made = of_network(name, arguments)
         rows += made[0]
         verdicts += made[1]
         result = {
-            "command": "python benchmarks/quantization_peers.py",
-            "arguments": {"seconds": arguments.seconds, "threads": arguments.threads},
-            "environment": environment(),
-            "peers": sorted({p for f in pins for p in (HERE / f).read_text("utf-8").split()}),
-            "results": rows,
-            "verdicts": verdicts,
+            **about,
+            "results": sorted(rows, key=in_order),
+            "verdicts": sorted(verdicts, key=in_order),
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(*map(summary, verdicts), sep="\n")
     return 0 if all(v["not_worse"] for v in verdicts) else 1
+
+
+def kept(
+    file: Path, about: Mapping[str, Any], asked: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what a report of the same peers and arguments holds of networks not asked for."""
+    if not file.is_file():
+        return [], []
+    old = json.loads(file.read_text(encoding="utf-8"))
+    if any(old.get(key) != about[key] for key in ("arguments", "peers")) or "verdicts" not in old:
+        return [], []
+    rows, verdicts = (
+        [entry for entry in old[key] if entry["network"] not in asked]
+        for key in ("results", "verdicts")
+    )
+    return rows, verdicts
+
+
+def in_order(entry: Mapping[str, Any]) -> int:
+    return list(NETWORKS).index(entry["network"])
 
 
 def make_environment(name: str) -> None:

@@ -13,6 +13,7 @@ from tersor.core.context import Context
 from tersor.core.errors import DataError, ModelError, UnfitError
 from tersor.core.layers import Layers
 from tersor.ops import calibrators
+from tersor.ops.attention import split_attention
 from tersor.ops.calibrate import histograms
 from tersor.ops.capture import annotate, capture
 from tersor.ops.fake_quantize import FakeLayer, FakeRounding, Ranges
@@ -168,6 +169,7 @@ def make_trainable(
         UnfitError: no layer can get integer weights.
     """
     captured = capture(net.eval(), context.inputs)
+    split_attention(captured, context.inputs)
     own: dict[str, tuple[nn.Module, _BatchNorm]] = {}
     for name, bn in find_batch_norms(captured):
         layer, norm = captured.get_submodule(name), captured.get_submodule(bn)

@@ -10,6 +10,7 @@ from tersor.core.errors import ModelError, UnfitError
 from tersor.core.layers import Layers
 from tersor.core.runtime import Target
 from tersor.core.technique import technique
+from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.dynamic import QuantDynamicLinear, QuantDynamicLSTM
 from tersor.ops.modules import check_patterns, why_not
@@ -39,6 +40,7 @@ def dynamic(net: nn.Module, config: Dynamic, context: Context) -> nn.Module:
         ModelError: weights are NaN or infinite.
     """
     captured = capture(net.eval(), context.inputs)
+    split_attention(captured, context.inputs)
     called = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
     kinds = (
         nn.Linear,

@@ -13,6 +13,7 @@ from tersor.core.context import Context
 from tersor.core.errors import DependencyError, RecipeError, UnfitError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
+from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.fold import fold_batch_norms
 from tersor.ops.losses import class_dimension, divergence, first_output
@@ -91,6 +92,7 @@ def mixed_precision(net: nn.Module, config: MixedPrecision, context: Context) ->
         are measured as in ZeroQ, Cai et al., arXiv:2001.00281, section 3.2.
     """
     captured = capture(net.eval(), context.inputs)
+    split_attention(captured, context.inputs)
     fold_batch_norms(captured, context.inputs)
     chosen, left = choose(captured, config.layers)
     if not chosen:

@@ -8,6 +8,7 @@ from torch import nn
 from tersor.core.context import Context
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
+from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.fold import fold_batch_norms
 from tersor.quantization._integer import (
@@ -69,6 +70,7 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         weights are those of each output channel (Krishnamoorthi, arXiv:1806.08342).
     """
     captured = capture(net.eval(), context.inputs)
+    split_attention(captured, context.inputs)
     folded = fold_batch_norms(captured, context.inputs)
     chosen, left = choose(captured, config.layers)
     if config.float_ends:

@@ -9,6 +9,7 @@ from tersor.core.context import Context
 from tersor.core.errors import ModelError, RecipeError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
+from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.fold import fold_batch_norms
 from tersor.ops.modules import GroupedLinear, check_patterns, quantized, rows, why_not
@@ -53,6 +54,7 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
         ModelError: weights are NaN or infinite.
     """
     captured = capture(net.eval(), context.inputs)
+    split_attention(captured, context.inputs)
     folded = fold_batch_norms(captured, context.inputs)
     called = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
     layers = {
