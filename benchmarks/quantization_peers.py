@@ -26,8 +26,8 @@ torch runs torchao's program (Inductor) and torch's dynamic quantization (eager)
 their own environment, in one process with fp32 and tersor's files on ONNX Runtime, and their rows
 give the ratio to fp32 on ONNX Runtime.
 
-Networks are independent of each other: with `--networks`, what a stored report of the same peers and
-arguments holds of the others stays.
+Networks are independent of each other: with `--networks`, what a stored report of the same peers
+and arguments holds of the others stays.
 
 **Verdicts**, for each runtime and each file of tersor: `not_worse` than every peer in quality (at
 most 0.3 point lower, or at most 2 samples); `better_than_every_peer` in quality (interval above
