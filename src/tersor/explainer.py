@@ -271,7 +271,8 @@ def _work(net: nn.Module, feed: Arrays) -> dict[str, _Work]:
 
 def _part(operator: OperatorTime) -> str:
     if operator.kind in _PRODUCTS:
-        return "attention" if len(operator.weight) != 2 else "linear layers"
+        # a product of activations has heads, too; weights packed beforehand have no shape
+        return "attention" if len(operator.weight) > 2 else "linear layers"
     for part, kinds in _PARTS.items():
         if operator.kind in kinds:
             deep = len(operator.weight) >= 3 and operator.weight[1] == 1 < operator.weight[0]
