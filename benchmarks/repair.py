@@ -1,6 +1,6 @@
 """What repair without labels brings back: weights of 4 bits on mobilenet_v2 and gpt.
 
-    python benchmarks/repair.py [--networks mobilenet_v2,gpt] [--steps 1000] [--threads 1]
+    python benchmarks/repair.py [--networks mobilenet_v2,gpt] [--ways "qat, one epoch"] [--threads 1]
 
 Rounds each network in several ways, from nearest rounding to learned rounding, the last one of
 mobilenet_v2 trained with labels for comparison, and scores all in memory on every second batch of
@@ -64,35 +64,43 @@ def stages(network: str, steps: int) -> dict[str, list[Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--ways", default="", help="separated by ';'; a stored report keeps others")
     parser.add_argument("--steps", type=int, default=1000, help="of adaround, for each layer")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "repair.json")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    wanted = [way.strip() for way in asked.ways.split(";") if way.strip()]
     rows: list[dict[str, Any]] = []
+    if wanted and asked.out.is_file():
+        stored = json.loads(asked.out.read_text(encoding="utf-8"))["results"]
+        rows = [r for r in stored if r["network"] not in asked.networks or r["way"] not in wanted]
     for network in asked.networks.split(","):
-        for row in network_rows(network, asked.steps):
+        for row in network_rows(network, asked.steps, wanted):
             print(f"{network}: {row['way']}: {row['value']:.3f} {row['unit']}", file=sys.stderr)
             rows.append(row)
             result = {
                 "command": "python benchmarks/repair.py",
                 "arguments": {"steps": asked.steps, "threads": asked.threads},
                 "environment": environment(),
-                "results": rows,
+                "results": sorted(rows, key=lambda r: list(NETWORKS).index(r["network"])),
             }
             asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def network_rows(network: str, steps: int) -> Any:
-    """Yield one row for the float network and one for each way."""
+def network_rows(network: str, steps: int, wanted: list[str]) -> Any:
+    """Yield one row for the float network and one for each way, or for those wanted."""
     module = workload(NETWORKS[network])
     data, net = module.data(), getattr(module, network)()
     test = [b for i, b in enumerate(data["test"]) if i % 2]
     inputs = ways(next(iter(data["calibration"])))
-    yield {"network": network, "way": "fp32", **scored(network, net, test), "seconds": 0.0}
+    if not wanted:
+        yield {"network": network, "way": "fp32", **scored(network, net, test), "seconds": 0.0}
 
     for way, stage in stages(network, steps).items():
+        if wanted and way not in wanted:
+            continue
         made: Any = copy.deepcopy(net)
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
