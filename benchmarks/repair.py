@@ -1,6 +1,6 @@
 """What repair without labels brings back: weights of 4 bits on mobilenet_v2 and gpt.
 
-    python benchmarks/repair.py [--networks mobilenet_v2,gpt] [--ways "qat, one epoch"] [--threads 1]
+    python benchmarks/repair.py [--networks mobilenet_v2,gpt] [--ways "nearest;adaround"]
 
 Rounds each network in several ways, from nearest rounding to learned rounding, the last one of
 mobilenet_v2 trained with labels for comparison, and scores all in memory on every second batch of

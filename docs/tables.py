@@ -194,7 +194,9 @@ def explained(chinese: bool) -> str:
         for p in layers:
             if p["float_ms"] < 0.03 * old:
                 continue
-            gain = "in float" if p["why_float"] else f"{p['float_ms'] / p['int8_ms']:.1f}x"
+            gain = (
+                "in float" if p["why_float"] else f"{p['float_ms'] / max(p['int8_ms'], 1e-4):.1f}x"
+            )
             share = f"{100 * p['float_ms'] / old:.0f} %"
             said.append(f"{p['name']} {share}, {gain}, {p['reuse']:.0f} products a weight read")
         outside = [

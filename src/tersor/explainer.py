@@ -36,7 +36,6 @@ _REUSE = 16
 _SMALL_MS = 0.01
 """Operators shorter than this are mostly overhead."""
 _NO_GAIN = 1.3
-_DEEP = "depthwise convolutions"
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "convolutions": (
         "Conv",
@@ -76,7 +75,7 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "rounding": ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "FakeQuantize"),
 }
 _PRODUCTS = ("MatMul", "FusedMatMul", "QLinearMatMul")
-_LAYERS = ("convolutions", _DEEP, "recurrent layers", "linear layers")
+_LAYERS = ("convolutions", "recurrent layers", "linear layers")
 _REST = "everything else"
 
 
@@ -88,6 +87,7 @@ class _Work:
     read: int = 0
     """Weights, counted each time they are read."""
     layers: set[str] = field(default_factory=set)
+    depthwise: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,8 @@ class Part:
     """Multiply-accumulates for each weight that is read; 0: no weights."""
     operators: int = 0
     """Of this kind, in float."""
+    depthwise: int = 0
+    """Depthwise convolutions among them."""
     why_float: str = ""
     """Why no layer of this kind is in integers, where none is."""
 
@@ -233,11 +235,10 @@ def _work(net: nn.Module, feed: Arrays) -> dict[str, _Work]:
     names = {module: name for name, module in net.named_modules()}
 
     def hook(layer: nn.Module, given: tuple[Any, ...], made: Any) -> None:
-        weights, reads = 0, 1
+        weights, reads, deep = 0, 1, False
         if isinstance(layer, nn.modules.conv._ConvNd):
+            part, weights = "convolutions", layer.weight.numel()
             deep = layer.groups > 1 and layer.groups == layer.in_channels
-            part = _DEEP if deep else "convolutions"
-            weights = layer.weight.numel()
             macs = (given[0] if layer.transposed else made).numel() * layer.weight[0].numel()
         elif isinstance(layer, nn.Linear):
             part, weights = "linear layers", layer.weight.numel()
@@ -255,6 +256,7 @@ def _work(net: nn.Module, feed: Arrays) -> dict[str, _Work]:
             work = found.setdefault(part, _Work())
             work.macs, work.read = work.macs + macs, work.read + reads * weights
             work.layers.add(names[layer])
+            work.depthwise += deep
 
     hooks = [module.register_forward_hook(hook) for module in net.modules()]
     before = torch.backends.mha.get_fastpath_enabled()
@@ -275,8 +277,7 @@ def _part(operator: OperatorTime) -> str:
         return "attention" if len(operator.weight) > 2 else "linear layers"
     for part, kinds in _PARTS.items():
         if operator.kind in kinds:
-            deep = len(operator.weight) >= 3 and operator.weight[1] == 1 < operator.weight[0]
-            return _DEEP if part == "convolutions" and deep else part
+            return part
     return _REST
 
 
@@ -293,14 +294,6 @@ def _parts(
         return made
 
     old, new = summed(before), summed(after)
-    if _DEEP not in old and _DEEP in work:  # this runtime does not tell them apart
-        deep, other = work[_DEEP], work.get("convolutions", _Work())
-        both = _Work(
-            macs=deep.macs + other.macs,
-            read=deep.read + other.read,
-            layers=deep.layers | other.layers,
-        )
-        work = {**work, "convolutions": both}
     made = []
     for name in sorted({*old, *new}, key=lambda name: -old.get(name, 0.0)):
         own = work.get(name, _Work())
@@ -313,6 +306,7 @@ def _parts(
                 macs=own.macs,
                 reuse=own.macs / own.read if own.read else 0.0,
                 operators=sum(_part(operator) == name for operator in before),
+                depthwise=own.depthwise,
                 why_float=stays[0] if stays and len(stays) == len(own.layers) else "",
             )
         )
@@ -348,7 +342,7 @@ def _reasons(parts: Sequence[Part], found: Comparison, left: Mapping[str, str]) 
 
 
 def _layers_said(part: Part, share: float) -> str:
-    gain = part.float_ms / part.int8_ms if part.int8_ms else float("inf")
+    gain = part.float_ms / max(part.int8_ms, 1e-4)  # a profiler may count whole microseconds
     said = f"{part.name} take {100 * share:.0f} % of the time in float"
     if part.why_float:
         return f"{said} and stay there: {part.why_float}"
@@ -360,8 +354,11 @@ def _layers_said(part: Part, share: float) -> str:
             f"every step waits for the one before, and {served}, so reading weights is the limit. "
             "Integers are a quarter of the bytes; gates and states stay in float"
         )
-    if part.name == _DEEP:
-        return said + "each input serves few products, so moving data is the limit, not arithmetic"
+    if part.depthwise:
+        return said + (
+            f"{served}, but {part.depthwise} of {part.operators} are depthwise: there each input "
+            "serves few products, and moving data is the limit"
+        )
     if part.reuse and part.reuse < _REUSE:
         return said + f"{served}, so reading weights is the limit; integers are a quarter of that"
     each = part.float_ms / max(part.operators, 1)
