@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tersor.core.plugins import catalog as catalog
     from tersor.core.recipe import Recipe as Recipe
     from tersor.core.runtime import Target as Target
+    from tersor.explainer import explain as explain
     from tersor.pipeline import compress as compress
     from tersor.pipeline import load as load
     from tersor.pipeline import load_data as load_data
@@ -37,6 +38,7 @@ _PLACES = {
     "catalog": "tersor.core.plugins",
     "compare": "tersor.benchmark",
     "compress": "tersor.pipeline",
+    "explain": "tersor.explainer",
     "load": "tersor.pipeline",
     "load_data": "tersor.pipeline",
     "measure": "tersor.benchmark",
