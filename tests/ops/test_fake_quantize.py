@@ -1,16 +1,22 @@
 """Rounding that is trained: gradients, folding, freezing, and what it settles to."""
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.core.context import Data
+from tersor.core.model import Inputs
 from tersor.ops.fake_quantize import FakeLayer, FakeRounding, _Round, late, settle
 from tersor.ops.fold import fold_batch_norm
 from tersor.ops.modules import QuantConv2d, Quantize, quantized, rows
 from tersor.ops.precision import gains_from_bf16
 from tersor.ops.quantize import channel_scales
+from tersor.quantization.static import Static, static
+from tests import networks
 
 
 def plain(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -131,3 +137,46 @@ def test_rounding_is_not_trained_in_bfloat16() -> None:
     assert not gains_from_bf16(nn.Sequential(fake))
     assert late(nn.Linear(2, 2)) is None
     assert settle("anything") == "anything"
+
+
+class Twice(nn.Module):
+    """One layer for inputs of two sizes of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(20 * torch.tanh(self.shared(x)))
+
+
+def test_a_layer_called_with_two_scales_is_left_with_float_sums(tiny_context: Any) -> None:
+    torch.manual_seed(0)
+    net = Twice().eval()
+    x = torch.randn(64, 8)
+    inputs = Inputs(example={"x": x[:2]}, dynamic={"x": {0: "batch"}})
+    context = replace(tiny_context(net), inputs=inputs, data=Data(calibration=[{"x": x}]))
+    made = settle(static(copy.deepcopy(net), Static(), context)).eval()
+    roundings = {m.scale for m in made.modules() if isinstance(m, Quantize)}
+    assert len(roundings) == 2
+    assert made.get_submodule("shared").input_scale == 0.0
+    with torch.no_grad():
+        assert float((made(x) - net(x)).abs().max()) < 0.05 * float(net(x).abs().max())
+
+
+def test_a_settled_layer_sums_exactly_and_its_bias_can_be_trained(tiny_context: Any) -> None:
+    net = networks.tiny_cnn()
+    made = settle(static(copy.deepcopy(net), Static(), tiny_context(net))).eval()
+    layer = made.get_submodule("fc")
+    scale = layer.input_scale
+    assert scale > 0
+    codes = torch.randint(-128, 128, (5, layer.in_features)).double()
+    step = layer.scale.double() * scale
+    bias = (layer.bias.detach().double() / step).round()
+    wanted = (codes @ layer.weight.double().T + bias) * step
+    with torch.no_grad():
+        found = layer((codes * scale).float()).double()
+    torch.testing.assert_close(found, wanted, rtol=3e-7, atol=0)
+    layer.train()
+    layer((codes * scale).float()).sum().backward()
+    assert float(layer.bias.grad.abs().min()) > 0

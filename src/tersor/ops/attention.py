@@ -20,7 +20,7 @@ def split_attention(captured: fx.GraphModule, inputs: Inputs) -> int:
     The projections become `NAME.in_projection` (of query, key and value in one where they are the
     same tensor, else `in_projection_q`, `_k`, `_v`) and `NAME.out_proj`; parameters are shared.
     What has another form stays: a layer that is called twice, that adds keys or values of its own,
-    has other widths for keys, or takes a mask for each head.
+    has other widths for keys, or takes a mask for each head or one of truth values.
 
     Args:
         captured: What `ops.capture.capture` returned, in eval mode; changed.

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tersor.ops.modules import INTEGER, Quantize, channels_of, quantized
+from tersor.ops.modules import INTEGER, Quantize, channels_of, quantized, rows
 from tersor.ops.quantize import activation_grid, channel_scales, exact_scale
 
 Ranges = Literal["learned", "observed"]
@@ -42,7 +42,7 @@ class _Round(torch.autograd.Function):
         count: int,
     ) -> Tensor:
         scale = base * factor.clamp_min(_LEAST)
-        # as the settled layers compute it, to the bit
+        # as `Quantize` computes it, to the bit
         scaled = x * (1.0 / scale.item()) if scale.numel() == 1 else x / scale
         made = scaled.round_().clamp_(low - zero, high - zero).mul_(scale)
         ctx.save_for_backward(x, made, scale, base)
@@ -190,7 +190,7 @@ class FakeLayer(nn.Module):
         """Go on with other codes; scales begin anew, at the smallest squared error."""
         with torch.no_grad():
             folded = self._folded()[0]
-            self.base = channel_scales(self._rows(folded), bits=bits, clip=True)
+            self.base = channel_scales(rows(self.layer, folded), bits=bits, clip=True)
             self.factor.fill_(1.0)
             self.frozen.fill_(False)
         self.bits = bits
@@ -200,7 +200,7 @@ class FakeLayer(nn.Module):
         weight, bias, shift_O = self._folded()
         if self.training and self.ranges == "observed" and not self.frozen:
             with torch.no_grad():
-                self.base = channel_scales(self._rows(weight), bits=self.bits)
+                self.base = channel_scales(rows(self.layer, weight), bits=self.bits)
         weight = self._rounded(weight)
         if self.bn is None or not self.training or bool(self.frozen):
             return self._call(x, weight, bias)
@@ -251,9 +251,6 @@ class FakeLayer(nn.Module):
         shape = [1] * weight.dim()
         shape[self.axis] = -1
         return values_O.view(shape)
-
-    def _rows(self, weight: Tensor) -> Tensor:
-        return weight.detach().transpose(0, self.axis).flatten(1)
 
     def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         own: dict[str, Any] = {"weight": weight, "bias": bias}
@@ -307,16 +304,18 @@ def settle(net: Any) -> Any:
 
 def _tell_scales(captured: fx.GraphModule) -> None:
     modules = dict(captured.named_modules())
+    scales: dict[Any, set[float]] = {}
     for node in captured.graph.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, INTEGER):
-            continue
-        source = node.args[0] if node.args else node.kwargs.get("input")
-        before = modules.get(str(source.target)) if isinstance(source, fx.Node) else None
-        if isinstance(before, Quantize):
-            layer.input_scale = before.scale
-            if layer.bias is None:
-                continue
-            step = before.scale * layer.scale.double()
+        if isinstance(layer, INTEGER):
+            source = node.args[0] if node.args else node.kwargs.get("input")
+            before = modules.get(str(source.target)) if isinstance(source, fx.Node) else None
+            scale = before.scale if isinstance(before, Quantize) else 0.0
+            scales.setdefault(layer, set()).add(scale)
+    for layer, found in scales.items():
+        # a layer that is called with codes of several scales has no one grid
+        layer.input_scale = found.pop() if len(found) == 1 else 0.0
+        if layer.input_scale and isinstance(layer.bias, Tensor):
+            step = layer.input_scale * layer.scale.double()
             bias = ((layer.bias.detach().double() / step).round() * step).float()
             layer.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)

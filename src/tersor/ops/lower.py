@@ -90,7 +90,7 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
         shapes[name] = named or None
     example = {name: tensor.contiguous() for name, tensor in inputs.example.items()}
     try:
-        with _quiet(), _plain_attention(), torch.no_grad():
+        with _quiet(), plain_attention(), torch.no_grad():
             program = torch.export.export(net, (), kwargs=example, dynamic_shapes=shapes)
     except Exception as error:
         raise ModelError(
@@ -166,7 +166,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Turn off the fused inference path of nn.MultiheadAttention, which no exporter translates."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -116,9 +116,10 @@ class _Integer(nn.Module, ABC):
         """Apply the layer; on codes of a known scale as runtimes do, with exact sums of products.
 
         Sums beyond 2**24, which take rows of more than 500 weights that all agree, are rounded.
-        Exported, the layer is written with float weights, which runtimes turn into the same.
+        Exported, and while biases are trained, the layer computes with float weights; runtimes turn
+        those into the same.
         """
-        if not self.input_scale or torch.compiler.is_exporting():
+        if not self.input_scale or self.training or torch.compiler.is_exporting():
             return self.compute(x, self.values(), self.bias)
         step = self.scale * self.input_scale
         bias = None if self.bias is None else (self.bias / step).round()
@@ -355,11 +356,11 @@ def channels_of(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
 
 
-def rows(layer: nn.Module) -> Tensor:
-    """Return a layer's weights with one row for each output channel, (O, I)."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().transpose(0, channels_of(layer)).flatten(1)
+def rows(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """Return a layer's weights, or others of their shape, with a row for each output, (O, I)."""
+    given = layer.weight if weight is None else weight
+    assert isinstance(given, Tensor)
+    return given.detach().transpose(0, channels_of(layer)).flatten(1)
 
 
 def quantized(layer: nn.Module, scale_O: Tensor, bits: int = 8) -> nn.Module:

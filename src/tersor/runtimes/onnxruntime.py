@@ -51,7 +51,7 @@ def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[O
         OperatorTime(
             name=name.removesuffix("_kernel_time"),
             kind=about[name]["op_name"],
-            ms=middle_mean(times),
+            ms=middle_mean(times) * len(times) / len(batches),
             weight=_weight(about[name]),
         )
         for name, times in taken.items()

@@ -51,7 +51,7 @@ def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[O
                 taken.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e3)
                 kinds[info.node_name] = info.node_type
     return [
-        OperatorTime(name=name, kind=kinds[name], ms=middle_mean(times))
+        OperatorTime(name=name, kind=kinds[name], ms=middle_mean(times) * len(times) / len(batches))
         for name, times in taken.items()
     ]
 
