@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _networks import context, ways
 
 from tersor.metrics import _child
 
@@ -84,10 +85,9 @@ def exportable_network(order: Order, example: Mapping[str, Any]) -> Any:
     net = network(order)
     if not order["captured"]:
         return net
-    from tersor.core.model import Inputs
     from tersor.ops.capture import capture
 
-    return capture(net, Inputs(example=example, dynamic={name: {0: "batch"} for name in example}))
+    return capture(net, ways(dict(example)))
 
 
 def tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -135,10 +135,6 @@ def tersor(technique: str) -> Callable[[Path, Order], Job]:
 
     def prepare(folder: Path, order: Order) -> Job:
         from tersor.core import plugins
-        from tersor.core.context import Context, Data
-        from tersor.core.model import Inputs
-        from tersor.core.runtime import Target
-        from tersor.ops.losses import labelled_loss
         from tersor.ops.lower import lower
 
         step = plugins.technique(technique)
@@ -146,26 +142,18 @@ def tersor(technique: str) -> Callable[[Path, Order], Job]:
         calibration = [
             tensors(b) for b in batches(arrays(folder, "calibration"), CALIBRATION_BATCH)
         ]
-        example = {name: calibration[0][name][:2] for name in order["inputs"]}
-        inputs = Inputs(example=example, dynamic={name: {0: "batch"} for name in example})
-
-        def unused(*given: Any, **named: Any) -> Any:
-            raise AssertionError("these techniques neither train nor time")
-
-        context = Context(
-            inputs=inputs,
-            data=Data(calibration=calibration),
-            target=Target(runtime="onnxruntime", options={"threads": order["threads"]}),
-            loss=labelled_loss,
-            fit=unused,
-            latency=unused,
-            work_dir=folder,
+        inputs = ways(calibration[0])
+        given = context(
+            inputs,
+            folder,
+            calibration=calibration,
+            threads=order["threads"],
             # the pipeline keeps the original, too; not within the timed span, as for the peers
             reference=copy.deepcopy(net),
         )
 
         def run(file: Path) -> None:
-            made = lower(step.apply(net, step.config(), context), "onnx", inputs)
+            made = lower(step.apply(net, step.config(), given), "onnx", inputs)
             file.write_bytes(made.SerializeToString(deterministic=True))
 
         return run

@@ -41,7 +41,6 @@ Needs the shared workloads. Writes benchmarks/results/quantization_peers.json.
 """
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -54,12 +53,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _networks import RESULTS, ROOT, SHARED
+from _networks import workload as script
 from _quality import minus, scored, spread, value
 
-ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "quantization_peers.json"
-SHARED = Path(os.environ.get("TERSOR_SHARED", ROOT.parent / "shared")).resolve()
+RESULT = RESULTS / "quantization_peers.json"
 RUNTIMES = ("onnxruntime", "openvino")
 BATCHES = (1, 8)
 TIMEOUT_S = 3600
@@ -185,8 +184,7 @@ def of_network(name: str, arguments: argparse.Namespace) -> tuple[list[Any], lis
     from tersor.core import plugins
 
     workload = NETWORKS[name]
-    sys.path.insert(0, str(SHARED / "workloads"))
-    module = importlib.import_module(workload.file)
+    module = script(workload.file)
     data = getattr(module, workload.data)()
     metric = getattr(module, workload.metric)
     folder = arguments.work / name

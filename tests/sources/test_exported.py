@@ -75,13 +75,13 @@ def test_real_networks_pass_the_check(tmp_path, workload):
     """Attention, embeddings and masks: the check must not refuse honest programs."""
     from torch.export import Dim
 
-    from tersor.ops.lower import _plain_attention
+    from tersor.ops.lower import plain_attention
 
     sentiment = workload("sentiment")
     batch = next(iter(sentiment.data()["test"]))
     example = {k: v[:4] for k, v in batch.items() if k != "labels"}
     dim = Dim("batch", min=1, max=1024)
-    with _plain_attention():
+    with plain_attention():
         made = torch.export.export(
             sentiment.transformer(),
             (),
