@@ -121,6 +121,8 @@ def _note(node: fx.Node, value: Any) -> None:
         node.meta["dtype"] = value.dtype
     else:
         node.meta.pop("shape", None)
+    if isinstance(value, (int, float)):
+        node.meta["value"] = value
 
 
 class _Proxy(fx.Proxy):

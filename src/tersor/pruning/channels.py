@@ -1,62 +1,97 @@
 """Channels: structured pruning that makes tensors smaller; coupled layers are cut together."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core.context import Context
-from tersor.core.errors import DataError, StepError, UnfitError, suggest
+from tersor.core.errors import DataError, UnfitError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
-from tersor.ops.capture import capture
-from tersor.ops.groups import Group, Removal, count_macs, cut, find_groups, mask, removed_places
-from tersor.ops.importance import magnitude, taylor
-from tersor.ops.losses import first_output
+from tersor.ops.groups import Coupling, Group, Removal
 from tersor.ops.recalibrate import recalibrate
+from tersor.pruning._selection import (
+    Importance,
+    Ranking,
+    at_ratio,
+    coupled,
+    free,
+    parameters,
+    score,
+    smaller,
+    told,
+    until,
+)
 
 _DEFAULT_RATIO = 0.5
-_TOLERANCE = 1e-3
-"""Sums of fewer terms round differently; a wrong cut is off by the outputs' own size."""
+_TIMED = 8
+"""Cuts that are exported and timed at most, to find one that reaches a latency."""
+_TARGETS = ("ratio", "parameters", "macs", "latency")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Channels:
-    """Settings of channel pruning: `ratio` or `macs`; `ratio: 0.5` when neither is given."""
+    """Settings of channel pruning: one target, `ratio: 0.5` when none is given."""
 
     ratio: float | None = None
     """Share of the channels to remove, in [0, 1)."""
+    parameters: float | None = None
+    """Remove as few as leave at most this share of the parameters, in (0, 1]."""
     macs: float | None = None
     """Remove as few as leave at most this share of the multiply-accumulates, in (0, 1]."""
-    importance: Literal["l1", "l2", "taylor"] = "l2"
-    """Which channels go: small weights, or (taylor, needs labels) a small effect on the loss."""
-    ranking: Literal["local", "global"] = "local"
-    """local: the same share of each group; global: the least important of all groups together."""
+    latency: float | None = None
+    """Remove as few as leave at most this share of the measured latency, in (0, 1]."""
+    importance: Importance = "l2"
+    """Which channels go: small weights (l1, l2), a small effect on the loss (taylor, fisher: need
+    labels), a small batch norm weight (bn_scale), filters that others can stand for (fpgm), small
+    activations (activation), or any (random)."""
+    ranking: Ranking = "local"
+    """local: the same share of each group; global: the least important of all groups together;
+    global_normalized: the same with each group's scores divided by their mean."""
     multiple: int = 8
     """What stays of a group is rounded up to a multiple of this: processors work on several."""
+    rounds: int = 1
+    """Reach the target in so many cuts, scoring anew before each."""
+    recovery: float = 0.0
+    """Passes over the training data after each cut but the last; needs labels."""
     layers: Layers = Layers()
     """Layers whose output channels may go."""
 
     def __post_init__(self) -> None:
-        if self.ratio is not None and self.macs is not None:
-            raise ValueError("give ratio or macs, not both")
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give {' or '.join(given)}, not both")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise ValueError(f"ratio must be in [0, 1), got {self.ratio}")
-        if self.macs is not None and not 0 < self.macs <= 1:
-            raise ValueError(f"macs must be in (0, 1], got {self.macs}")
+        for name in _TARGETS[1:]:
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
         if self.multiple < 1:
             raise ValueError(f"multiple must be at least 1, got {self.multiple}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if self.recovery < 0:
+            raise ValueError(f"recovery must not be negative, got {self.recovery}")
 
     def weaker(self) -> "Channels | None":
         """Return settings that remove about 30 % less; None when hardly anything would go."""
-        if self.macs is not None:
-            macs = round(1 - 0.7 * (1 - self.macs), 3)
-            return replace(self, macs=macs) if macs < 0.95 else None
+        for name in _TARGETS[1:]:
+            value = getattr(self, name)
+            if value is not None:
+                milder = round(1 - 0.7 * (1 - value), 3)
+                return replace(self, **{name: milder}) if milder < 0.95 else None
         ratio = round(0.7 * (_DEFAULT_RATIO if self.ratio is None else self.ratio), 3)
         return replace(self, ratio=ratio) if ratio > 0.05 else None
+
+    def target(self) -> tuple[str, float]:
+        """Return what is asked for, and how much of it."""
+        for name in _TARGETS:
+            value = getattr(self, name)
+            if value is not None:
+                return name, value
+        return "ratio", _DEFAULT_RATIO
 
 
 @technique(paper="arXiv:2301.12900")
@@ -65,138 +100,167 @@ def channels(net: nn.Module, config: Channels, context: Context) -> nn.Module:
 
     Channels that reach an operator which needs their number, or mixes them, stay: their groups are
     protected, and the report says by what. The result is of the user's own class, with smaller
-    layers; on the example it is compared with the uncut network in which nothing reads the cut
-    channels. Where there is calibration data, batch norm statistics are estimated anew.
+    layers, where forward adapts by itself; where numbers are written in it, it is the captured
+    graph with new ones. On the example it is compared with the uncut network in which nothing reads
+    the cut channels. Where there is calibration data, batch norm statistics are estimated anew.
 
     Raises:
-        DataError: taylor without calibration data or labels.
+        DataError: calibration or training data, or labels, that the settings need are missing.
         UnfitError: everything is protected, or the target cannot be reached.
-        StepError: `layers` fits nothing. In both cases the network is unchanged.
+        StepError: `layers` fits nothing. In all cases the network is unchanged.
 
     Source:
-        Grouping: Fang et al., arXiv:2301.12900. Importance: Li et al., arXiv:1608.08710; Molchanov
-        et al., arXiv:1906.10771.
+        Grouping: Fang et al., arXiv:2301.12900. Importance: see `ops/importance.py`.
     """
-    net.eval()
-    captured = capture(net, context.inputs)
-    groups = find_groups(captured, net)
-    free = _free(groups, net, config)
-    scores = _scores(net, free, config, context)
-    count = count_macs(captured)
-    removal = _choose(free, scores, config, count)
-    _check_not_nothing(free, removal, config)
-    before = count({})
-    _cut_and_compare(net, removal, context)
-    if any(gone for _, gone in removal) and context.data.calibration is not None:
-        context.record(recalibrated=recalibrate(net, context.data.calibration))
+    if config.recovery and context.data.train is None:
+        raise DataError("channels: recovery needs training data with labels; give `train` batches")
+    original: _Original | None = None
+    sizes: dict[str, list[int]] = {}
+    for number in range(config.rounds):
+        coupling = coupled(net, context)
+        if original is None:
+            original = _Original(
+                net=net, macs=coupling.macs(), parameters=sum(p.numel() for p in net.parameters())
+            )
+        chosen = _choose(net, coupling, config, context, (number + 1) / config.rounds, original)
+        net, removal, left = smaller(net, coupling, chosen, context)
+        if removal and context.data.calibration is not None:
+            context.record(recalibrated=recalibrate(net, context.data.calibration))
+        gone = {group.name: len(channels) for group, channels in removal}
+        for group, _ in chosen:
+            sizes.setdefault(group.name, [group.size]).append(group.size - gone.get(group.name, 0))
+        context.record(**told(coupling, removal, left, net))
+        if config.recovery and number < config.rounds - 1:
+            net = _recover(net, config, context, number)
+    assert original is not None
     context.record(
-        groups={g.name: f"{g.size} -> {g.size - len(gone)}" for g, gone in removal},
-        protected=[str(g) for g in groups if g.protected],
-        macs_before=before,
-        macs_after=count(removed_places(removal)),
+        groups={name: " -> ".join(map(str, each)) for name, each in sizes.items()},
+        macs_before=original.macs,
     )
     return net
 
 
-def _free(groups: Sequence[Group], net: nn.Module, config: Channels) -> list[Group]:
-    """Return the groups that may be cut, those with a chosen layer."""
-    producers = [name for g in groups for name in (*g.layers("out"), *g.layers("dim"))]
-    unused = config.layers.unused(producers)
-    if unused:
-        raise StepError(
-            f"layers: {unused[0]!r} matches no layer with output channels."
-            f"{suggest(unused[0].lstrip('!'), producers)}"
-        )
-    open_groups = [g for g in groups if not g.protected and g.size > 1]
-    if not open_groups:
-        reasons = {g.protected: g.name for g in groups if g.protected}
-        told = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
-        raise UnfitError(
-            f"no channels of {type(net).__name__} can be cut, all are protected "
-            f"({told or 'no layers'}). "
-            "Exclude this step, or write forward with operators that follow the channels' number"
-        )
-    chosen = [
-        g
-        for g in open_groups
-        if all(config.layers.holds(n) for n in (*g.layers("out"), *g.layers("dim")))
-    ]
-    if not chosen:
-        raise StepError(
-            "layers excludes every group that could be cut; a group is cut only when all layers "
-            "that make its channels are chosen. Groups: "
-            f"{'; '.join(', '.join(g.layers('out')) for g in open_groups)}"
-        )
-    return chosen
+@dataclass(frozen=True, kw_only=True)
+class _Original:
+    """The network before the first cut; targets are shares of it."""
+
+    net: nn.Module
+    macs: int
+    parameters: int
 
 
-def _scores(
-    net: nn.Module, groups: Sequence[Group], config: Channels, context: Context
-) -> list[Tensor]:
-    if config.importance == "taylor":
-        if context.data.calibration is None:
-            raise DataError("channels: importance taylor needs calibration data with labels")
-        return taylor(net, groups, context.loss, context.data.calibration)
-    order: Literal[1, 2] = 1 if config.importance == "l1" else 2
-    return [magnitude(net, g, order) for g in context.track(groups, "scoring groups", len(groups))]
+def _recover(net: nn.Module, config: Channels, context: Context, number: int) -> nn.Module:
+    assert context.data.train is not None
+    return context.fit(
+        net,
+        context.loss,
+        batches=context.data.train,
+        epochs=config.recovery,
+        seed=context.seed + number,
+        checkpoint=context.work_dir / f"channels-{number}.safetensors",
+    )
 
 
 def _choose(
-    groups: Sequence[Group], scores: Sequence[Tensor], config: Channels, count: object
+    net: nn.Module,
+    coupling: Coupling,
+    config: Channels,
+    context: Context,
+    part: float,
+    original: _Original,
 ) -> Removal:
-    """Turn the target into the channels that go."""
-    if config.macs is None:
-        ratio = _DEFAULT_RATIO if config.ratio is None else config.ratio
-        return _at_ratio(groups, scores, config, ratio)
-    assert callable(count)
-    full = count({})
-    smallest = _at_ratio(groups, scores, config, 1.0)
-    reachable = count(removed_places(smallest)) / full
-    if reachable > config.macs:
+    """Turn a part of the target into the channels that go in this round."""
+    name, target = config.target()
+    groups = free(coupling, net, config.layers)
+    scores = score(coupling, groups, config.importance, context)
+
+    def at(ratio: float) -> Removal:
+        return at_ratio(groups, scores, ratio, ranking=config.ranking, multiple=config.multiple)
+
+    if name == "ratio":
+        wanted = 1 - (1 - target) ** (1 / config.rounds)
+        removal = at(wanted)
+    elif name == "latency":
+        removal = _until_fast(net, coupling, at, 1 - part * (1 - target), original.net, context)
+    else:
+        share = _share_of(name, coupling, original)
+        removal = _until(share, at, 1 - part * (1 - target), config, name)
+    _check_not_nothing(groups, removal, config)
+    return removal
+
+
+def _share_of(name: str, coupling: Coupling, original: _Original) -> Callable[[Removal], float]:
+    if name == "macs":
+        return lambda removal: coupling.macs(removal) / original.macs
+    return lambda removal: parameters(coupling.captured, removal) / original.parameters
+
+
+def _until(
+    share: Callable[[Removal], float],
+    at: Callable[[float], Removal],
+    target: float,
+    config: Channels,
+    name: str,
+) -> Removal:
+    reachable = share(at(1.0))
+    if reachable > target:
+        words = {"macs": "multiply-accumulates", "parameters": "parameters"}[name]
         raise UnfitError(
-            f"macs: {config.macs} would empty layers: with {config.multiple} channels left in each "
-            f"group {reachable:.3f} of the multiply-accumulates remain. Choose more than that, a "
+            f"{name}: {target:g} would empty layers: with {config.multiple} channels left in each "
+            f"group {reachable:.3f} of the {words} remain. Choose more than that, a "
             "smaller multiple, or take the rest by another step",
             too_strong=True,
         )
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        share = count(removed_places(_at_ratio(groups, scores, config, middle))) / full
-        low, high = (low, middle) if share <= config.macs else (middle, high)
-    # between the two ratios many groups lose a channel at once: take as few of them as it needs
-    removal = list(_at_ratio(groups, scores, config, low))
-    for index, harder in enumerate(_at_ratio(groups, scores, config, high)):
-        if count(removed_places(removal)) <= config.macs * full:
-            break
-        removal[index] = harder
-    return removal
+    return until(share, at, target)
 
 
-def _at_ratio(
-    groups: Sequence[Group], scores: Sequence[Tensor], config: Channels, ratio: float
+def _until_fast(
+    net: nn.Module,
+    coupling: Coupling,
+    at: Callable[[float], Removal],
+    target: float,
+    original: nn.Module,
+    context: Context,
 ) -> Removal:
-    """Remove a share of the channels, the least important first; every group keeps some."""
-    if config.ranking == "local":
-        wanted = [int(ratio * g.size + 1e-9) for g in groups]
-    else:
-        # comparable between groups: a channel's share of its group, times the group's size
-        flat = torch.cat([s * (len(s) / s.sum().clamp_min(1e-30)) for s in scores])
-        gone = torch.zeros(len(flat), dtype=torch.bool)
-        gone[flat.argsort(stable=True)[: int(ratio * len(flat) + 1e-9)]] = True
-        parts = torch.split(gone, [g.size for g in groups])
-        wanted = [int(part.sum()) for part in parts]
-    removal = []
-    for group, score, number in zip(groups, scores, wanted, strict=True):
-        kept = max(group.size - number, 1)
-        kept = min(-(-kept // config.multiple) * config.multiple, group.size)
-        order = score.argsort(stable=True)[: group.size - kept]
-        removal.append((group, sorted(order.tolist())))
-    return removal
+    """Find the mildest cut that reaches a latency, by exporting and timing a few.
+
+    Cuts are timed against the original, interleaved. Rounding to a multiple makes few cuts
+    different, so ratios that cut the same are timed once.
+    """
+    timed: dict[tuple[int, ...], float] = {}
+
+    def share(removal: Removal) -> float:
+        key = tuple(len(gone) for _, gone in removal)
+        if key not in timed:
+            made, _, _ = smaller(net, coupling, removal, context)
+            first, now = context.latency([original, made])
+            timed[key] = now / first
+        return timed[key]
+
+    hardest = share(at(1.0))
+    if hardest > target:
+        raise UnfitError(
+            f"latency {target:g} of the original's cannot be reached: with as few channels as can "
+            f"be it is still {hardest:.2f}",
+            too_strong=True,
+        )
+    low, high = 0.0, 1.0
+    best = at(1.0)
+    while len(timed) < _TIMED and high - low > 0.01:
+        middle = (low + high) / 2
+        removal = at(middle)
+        if not any(gone for _, gone in removal):
+            low = middle
+        elif share(removal) <= target:
+            high, best = middle, removal
+        else:
+            low = middle
+    context.record(latency_share=share(best), timed=len(timed))
+    return best
 
 
 def _check_not_nothing(groups: Sequence[Group], removal: Removal, config: Channels) -> None:
-    if any(gone for _, gone in removal) or config.ratio == 0 or config.macs == 1:
+    if any(gone for _, gone in removal) or config.target() in (("ratio", 0), ("macs", 1)):
         return
     sizes = sorted({g.size for g in groups})
     raise UnfitError(
@@ -204,28 +268,3 @@ def _check_not_nothing(groups: Sequence[Group], removal: Removal, config: Channe
         f"stays is "
         f"rounded up to a multiple of {config.multiple}; use a smaller multiple or a higher ratio"
     )
-
-
-def _cut_and_compare(net: nn.Module, removal: Removal, context: Context) -> None:
-    """Cut, and make sure that the smaller network computes what was meant."""
-    masked = copy.deepcopy(net)
-    mask(masked, removal)
-    with torch.no_grad():
-        wanted = first_output(masked(**context.inputs.example))
-        smaller = copy.deepcopy(net)
-        cut(smaller, removal)
-        try:
-            found = first_output(smaller(**context.inputs.example))
-        except Exception as error:  # any: this is the user's own forward
-            raise UnfitError(
-                f"the network does not run with fewer channels ({type(error).__name__}: {error}); "
-                "its forward relies on a layer's size. Exclude that layer with layers"
-            ) from error
-    scale = wanted.abs().max().clamp_min(1e-6)
-    difference = ((found - wanted).abs().max() / scale).item()
-    if not difference <= _TOLERANCE:
-        raise UnfitError(
-            f"the cut network's outputs differ by {difference:.2g} of their size from what was "
-            "meant; its forward computes with a layer's size. Exclude that layer with layers"
-        )
-    cut(net, removal)
