@@ -40,7 +40,7 @@ def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
         return net
     tracer = _Tracer(inputs.example)
     try:
-        with torch.no_grad(), _symbolic_len(net):
+        with torch.no_grad(), _symbolic_len(net), _nothing_wrapped():
             graph = tracer.trace(net)
     except ModelError:
         raise
@@ -95,6 +95,18 @@ def _symbolic_len(net: nn.Module) -> Iterator[None]:
     finally:
         for names in opened:
             del names["len"]
+
+
+@contextmanager
+def _nothing_wrapped() -> Iterator[None]:
+    """Look into functions that other libraries keep fx from tracing; here they can be."""
+    wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    held = dict(wrapped)
+    wrapped.clear()
+    try:
+        yield
+    finally:
+        wrapped.update(held)
 
 
 def annotate(captured: fx.GraphModule, inputs: Inputs) -> None:
@@ -154,6 +166,9 @@ class _Proxy(fx.Proxy):
     def __float__(self) -> float:
         return float(_concrete(self, "a Python number"))
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
     def __contains__(self, item: Any) -> bool:
         return item in _concrete(self, "a membership test")
 
@@ -173,6 +188,8 @@ class _Attribute(_Proxy):
     def __getattr__(self, name: str) -> Any:
         if name == "value":
             return getattr(self.root.value, self.attr)
+        if isinstance(self.value, torch.device):
+            return getattr(self.value, name)
         return _Attribute(self, name)
 
     @property
@@ -203,6 +220,8 @@ def _concrete(proxy: _Proxy, what: str) -> Any:
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
     def __init__(self, example: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.example = example
@@ -231,6 +250,8 @@ class _Tracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
     ) -> Any:
+        if kind == "placeholder" and args and str(target) not in self.example:
+            return args[0]  # not given: forward sees its default
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         self.running = True
         try:

@@ -121,9 +121,66 @@ def _call(step: Step) -> Value:
         return channel_shapes.getitem(step)
     if step.name == "getattr" and node.args[1] in ("mT", "T"):
         return channel_shapes.transpose(step)
+    if step.name in _CALLS:
+        made = _layer_call(step)
+        if made is not None:
+            return made
     if known is None:
         return step.unknown(step.name)
     return known(step) if any(step.dims) else {}
+
+
+_CALLS: dict[str, tuple[type[nn.Module], ...]] = {
+    "linear": (nn.Linear,),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    "group_norm": (nn.GroupNorm,),
+    "prelu": (nn.PReLU,),
+    "embedding": (nn.Embedding,),
+}
+"""Functions that forwards of a layer's own kind call with its tensors."""
+
+
+def _layer_call(step: Step) -> Dims | None:
+    """Follow F.linear(x, a.weight, a.bias) as a call of the layer `a`; None: it is not one."""
+    owners = {str(n.target).rpartition(".")[0] for n in step.sources if n.op == "get_attr"}
+    if len(owners) != 1:
+        return None
+    (owner,) = owners
+    layer = _owner(step, owner)
+    kind = next((k for k in _CALLS[step.name] if isinstance(layer, k)), None)
+    if kind is None or any(step.of(n) for n in step.sources[1:]):
+        return None
+    made = _LAYERS[kind](step, owner, layer)
+    assert isinstance(made, dict)
+    if isinstance(layer, _ConvNd) and (owner, "depthwise") in step.flow.ports:
+        place = "groups" if "groups" in step.node.kwargs else 6
+        each = layer.out_channels // layer.groups
+        path = ("kwargs", place) if isinstance(place, str) else ("args", place)
+        step.number(path, step.flow.ports[owner, "depthwise"], lambda kept: kept // each)
+    if isinstance(layer, nn.GroupNorm) and 1 in made:
+        share = layer.num_groups / layer.num_channels
+        step.number(("args", 1), made[1], lambda kept: round(kept * share))
+    return made
+
+
+def _owner(step: Step, name: str) -> nn.Module:
+    try:
+        return step.net.get_submodule(name)
+    except AttributeError:  # a layer that only the graph has
+        return step.captured.get_submodule(name)
+
+
+def _used_as_layer(node: fx.Node, layer: nn.Module) -> bool:
+    """Tell whether a layer's tensor is only given to the function that the layer stands for."""
+    for user in node.users:
+        name = str(getattr(user.target, "__name__", user.target)).rstrip("_")
+        if not isinstance(layer, _CALLS.get(name, ())) or user.args[0] is node:
+            return False
+        owners = {str(n.target).rpartition(".")[0] for n in user.all_input_nodes[1:]}
+        if any(n.op != "get_attr" for n in user.all_input_nodes[1:]) or len(owners) != 1:
+            return False
+    return True
 
 
 def _several(step: Step, node: fx.Node) -> bool:
@@ -146,12 +203,11 @@ def _bare(step: Step) -> Dims:
     if step.shape is None:
         return {}
     owner, _, leaf = target.rpartition(".")
-    try:
-        holder = step.net.get_submodule(owner)
-    except AttributeError:
-        holder = step.captured.get_submodule(owner)
+    holder = _owner(step, owner)
     own = leaf in holder._parameters or leaf in holder._buffers
-    if type(holder) in _LAYERS:
+    if _used_as_layer(step.node, holder):
+        return {}
+    if isinstance(holder, tuple(_LAYERS)):
         return _bare_of_layer(step, owner, holder, leaf)
     dims = {
         dim: step.flow.made(target, f"dim{dim}", size)

@@ -83,6 +83,21 @@ def normalize(step: Step) -> Dims:
     return dict(step.dims[0])
 
 
+def norm(step: Step) -> Dims:
+    """`x.norm(dim=1)`: the Euclidean one is that of the channels that are there."""
+    order = step.argument(1, "ord" if "ord" in step.node.kwargs else "p", 2)
+    over = step.listed(step.argument(2, "dim"))
+    held = [dim for dim in over if dim in step.dims[0]]
+    if step.shape is None or (held and order not in (2, "fro", None)):
+        return step.unknown("norm over channels")
+    for dim in held:
+        step.read(step.sources[0], dim, step.dims[0][dim])
+    kept = {d: a for d, a in step.dims[0].items() if d not in over}
+    if len(step.shape) == len(step.shapes[0]):
+        return kept
+    return {d - sum(o < d for o in over): a for d, a in kept.items()}
+
+
 def reduce(step: Step) -> Dims:
     """Sums count channels as they are; means and maxima would change with their number."""
     over = step.listed(step.argument(1, "dim"))
@@ -280,6 +295,7 @@ RULES: dict[str, Callable[..., Value]] = {
     **dict.fromkeys(("softmax", "log_softmax"), softmax),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "std", "var"), reduce),
     **dict.fromkeys(("matmul", "bmm"), matmul),
+    **dict.fromkeys(("norm", "vector_norm", "linalg_norm", "linalg_vector_norm"), norm),
     "layer_norm": layer_norm,
     "normalize": normalize,
     "linear": linear,

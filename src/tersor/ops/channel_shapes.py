@@ -31,6 +31,17 @@ def flatten(step: Step) -> Dims:
     return regroup(step, None)
 
 
+def reshape_as(step: Step) -> Dims:
+    """`x.reshape_as(y)`: what y holds is what is asked for."""
+    made = regroup(step, None)
+    for dim, atoms in (step.dims[1] if len(step.dims) > 1 else {}).items():
+        if dim in made:
+            step.flow.unite(made[dim], atoms)
+        else:
+            step.block(atoms, "reshape_as")
+    return made
+
+
 def unflatten(step: Step) -> Dims:
     """`x.unflatten(1, (4, -1))`."""
     (dim,) = step.listed(step.argument(1, "dim"))
@@ -441,6 +452,7 @@ RULES: dict[str, Callable[..., Value]] = {
     **dict.fromkeys(("roll", "flip", "cumsum"), roll),
     **dict.fromkeys(("split", "split_with_sizes"), split),
     **dict.fromkeys(("movedim", "moveaxis"), movedim),
+    **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "flatten": flatten,
     "unflatten": unflatten,
     "getitem": getitem,
