@@ -13,7 +13,8 @@ Dims = dict[int, Atoms]
 Value = Dims | tuple["Value", ...]
 """What a node of the graph holds; an operator that returns several tensors gives a tuple."""
 Port = tuple[str, str]
-"""(layer, side): "out", "in", "both" (norms), "depthwise", "hidden"; "dimN" of a bare parameter."""
+"""(layer, side): "out", "in", "both" (norms), "norm" (layer norms), "depthwise", "hidden";
+"dimN" of a bare parameter."""
 Path = tuple[str | int, ...]
 """Where a number is written in a call: ("args", 1, 2), ("kwargs", "scale")."""
 
@@ -61,6 +62,10 @@ class Flow:
         self.work: list[Work] = []
         self.splits: dict[str, tuple[int, Atoms]] = {}
         """Node that splits a dimension -> in how many, and the atoms there."""
+        self.calls: dict[str, str] = {}
+        """Node that calls F.layer_norm with a layer's tensors -> the layer."""
+        self.means: list[tuple[str, Atoms]] = []
+        """Node that takes a mean over channels, which must go on to divide by all of them."""
         self.derived: dict[Any, Atoms] = {}
         """Node that holds a number -> the atoms whose count it was computed from."""
         self._table = np.zeros(0, np.int64)

@@ -22,6 +22,7 @@ from tersor.ops import channel_functions, channel_shapes, channel_sizes
 from tersor.ops.atoms import Atoms, Dims, Flow, Value
 from tersor.ops.blocks import PassThrough
 from tersor.ops.channel_step import Step
+from tersor.ops.norms import PartialLayerNorm
 
 
 def follow(captured: fx.GraphModule, net: nn.Module, *, heads: bool = False) -> Flow:
@@ -135,6 +136,7 @@ _CALLS: dict[str, tuple[type[nn.Module], ...]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "group_norm": (nn.GroupNorm,),
+    "layer_norm": (nn.LayerNorm,),
     "prelu": (nn.PReLU,),
     "embedding": (nn.Embedding,),
 }
@@ -151,6 +153,8 @@ def _layer_call(step: Step) -> Dims | None:
     kind = next((k for k in _CALLS[step.name] if isinstance(layer, k)), None)
     if kind is None or any(step.of(n) for n in step.sources[1:]):
         return None
+    if type(step.captured.get_submodule(owner)) is nn.Module:
+        step.captured.set_submodule(owner, layer)  # the graph had its tensors alone
     made = _LAYERS[kind](step, owner, layer)
     assert isinstance(made, dict)
     if isinstance(layer, _ConvNd) and (owner, "depthwise") in step.flow.ports:
@@ -308,18 +312,33 @@ def _root_mean_square(step: Step, name: str, layer: nn.RMSNorm) -> Dims:
     """A root mean square over fewer channels differs by a factor, which its weight can hold."""
     last = len(step.shapes[0]) - 1
     if len(layer.normalized_shape) > 1:
-        return _layer_norm(step, name, layer)
+        rank = len(step.shapes[0])
+        over = range(rank - len(layer.normalized_shape), rank)
+        return channel_functions.mixing(step, "RMSNorm", over)
     if last in step.dims[0]:
         step.flow.port(name, "both", step.dims[0][last])
         step.read(step.sources[0], last, step.dims[0][last])
     return step.dims[0]
 
 
-def _layer_norm(step: Step, name: str, layer: nn.LayerNorm | nn.RMSNorm) -> Dims:
-    del name
+def _layer_norm(step: Step, name: str, layer: nn.LayerNorm) -> Dims:
+    """What is cut is counted as zero from then on: see `ops/norms.py`."""
     rank = len(step.shapes[0])
-    over = range(rank - len(layer.normalized_shape), rank)
-    return channel_functions.mixing(step, type(layer).__name__, over)
+    if len(layer.normalized_shape) > 1:
+        over = range(rank - len(layer.normalized_shape), rank)
+        return channel_functions.mixing(step, type(layer).__name__, over)
+    return _partial_norm(step, name, layer)
+
+
+def _partial_norm(step: Step, name: str, layer: nn.Module) -> Dims:
+    del layer
+    last = len(step.shapes[0]) - 1
+    if last in step.dims[0]:
+        step.flow.port(name, "norm", step.dims[0][last])
+        step.read(step.sources[0], last, step.dims[0][last])
+        if step.node.op != "call_module":
+            step.flow.calls[step.node.name] = name
+    return step.dims[0]
 
 
 def _embedding(step: Step, name: str, layer: nn.Embedding) -> Dims:
@@ -427,6 +446,7 @@ _LAYERS: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _norm),
     nn.GroupNorm: _group_norm,
     nn.LayerNorm: _layer_norm,
+    PartialLayerNorm: _partial_norm,
     nn.RMSNorm: _root_mean_square,
     nn.Embedding: _embedding,
     nn.PReLU: _prelu,

@@ -99,17 +99,34 @@ def norm(step: Step) -> Dims:
 
 
 def reduce(step: Step) -> Dims:
-    """Sums count channels as they are; means and maxima would change with their number."""
+    """Sums count channels as they are; a mean goes on to divide by all; maxima would change."""
     over = step.listed(step.argument(1, "dim"))
     held = [dim for dim in over if dim in step.dims[0]]
-    if step.shape is None or (held and step.name != "sum"):
+    mean = step.name == "mean" and len(held) == 1 and _keeps_zeros(step.sources[0])
+    if step.shape is None or (held and step.name != "sum" and not mean):
         return step.unknown(f"{step.name} over channels")
+    if held and mean:
+        step.flow.means.append((step.node.name, step.dims[0][held[0]]))
     for dim in held:
         step.read(step.sources[0], dim, step.dims[0][dim])
     kept = {d: a for d, a in step.dims[0].items() if d not in over}
     if bool(step.argument(2, "keepdim", False)):
         return kept
     return {d - sum(o < d for o in over): a for d, a in kept.items()}
+
+
+def _keeps_zeros(node: fx.Node) -> bool:
+    """Tell whether a mean is of squares or norms: of channels that are zero it is zero."""
+    name = str(getattr(node.target, "__name__", node.target)).rstrip("_")
+    if name in ("norm", "vector_norm", "linalg_vector_norm"):
+        return True
+    base = node.args[0] if node.args else None
+    squares = name == "square" or (name == "pow" and node.args[1:] == (2,))
+    squares |= name == "mul" and len(node.args) == 2 and node.args[0] is node.args[1]
+    if not squares or not isinstance(base, fx.Node):
+        return False
+    shifted = str(getattr(base.target, "__name__", base.target)).rstrip("_")
+    return shifted not in ("sub", "isub", "rsub", "subtract", "add", "iadd")
 
 
 def linear(step: Step) -> Dims:

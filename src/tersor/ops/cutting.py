@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tersor.ops.atoms import Flow, Number, Path, Port
+from tersor.ops.norms import PartialLayerNorm, without
 
 # C channels at a port, R all other numbers of a tensor
 
@@ -101,6 +102,10 @@ def cut(net: nn.Module, gone: Mapping[Port, Iterable[int]]) -> None:
             if side.startswith("dim"):
                 owner, _, leaf = name.rpartition(".")
                 _keep(net.get_submodule(owner), Place(leaf, int(side[3:])), set(lost))
+            elif side == "norm":
+                layer = net.get_submodule(name)
+                assert isinstance(layer, (nn.LayerNorm, PartialLayerNorm))
+                net.set_submodule(name, without(layer, set(lost)))
             else:
                 _cut_layer(net.get_submodule(name), side, set(lost))
 
@@ -202,8 +207,32 @@ def rewrite(captured: fx.GraphModule, flow: Flow, gone: set[int]) -> None:
         kept = int((~lost[number.atoms]).sum())
         if kept < len(number.atoms):
             _write(nodes[number.node], number, number.value(kept))
+    for name, owner in flow.calls.items():
+        if isinstance(captured.get_submodule(owner), PartialLayerNorm):
+            _call_instead(captured.graph, nodes[name], owner)
+    for name, atoms in flow.means:
+        share = float((~lost[atoms]).mean())
+        if share < 1:
+            _scale(captured.graph, nodes[name], share)
     captured.graph.eliminate_dead_code()
     captured.recompile()
+
+
+def _call_instead(graph: fx.Graph, node: fx.Node, owner: str) -> None:
+    with graph.inserting_before(node):
+        made = graph.call_module(owner, (node.args[0],))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _scale(graph: fx.Graph, node: fx.Node, share: float) -> None:
+    users = list(node.users)
+    with graph.inserting_after(node):
+        made = graph.call_function(torch.mul, (node, share))
+    made.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, made)
 
 
 def _write(node: fx.Node, number: Number, value: Any) -> None:
