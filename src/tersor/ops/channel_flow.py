@@ -153,8 +153,7 @@ def _layer_call(step: Step) -> Dims | None:
     kind = next((k for k in _CALLS[step.name] if isinstance(layer, k)), None)
     if kind is None or any(step.of(n) for n in step.sources[1:]):
         return None
-    if type(step.captured.get_submodule(owner)) is nn.Module:
-        step.captured.set_submodule(owner, layer)  # the graph had its tensors alone
+    _keep_layer(step, owner, layer)
     made = _LAYERS[kind](step, owner, layer)
     assert isinstance(made, dict)
     if isinstance(layer, _ConvNd) and (owner, "depthwise") in step.flow.ports:
@@ -166,6 +165,12 @@ def _layer_call(step: Step) -> Dims | None:
         share = layer.num_groups / layer.num_channels
         step.number(("args", 1), made[1], lambda kept: round(kept * share))
     return made
+
+
+def _keep_layer(step: Step, name: str, layer: nn.Module) -> None:
+    """Let the graph, which had a layer's tensors alone, have the layer."""
+    if type(step.captured.get_submodule(name)) is nn.Module:
+        step.captured.set_submodule(name, layer)
 
 
 def _owner(step: Step, name: str) -> nn.Module:
@@ -226,6 +231,7 @@ def _bare(step: Step) -> Dims:
 def _bare_of_layer(step: Step, name: str, layer: nn.Module, leaf: str) -> Dims:
     """A weight that is not read by a call of its layer, as in F.linear(x, a.weight)."""
     if isinstance(layer, nn.Linear):
+        _keep_layer(step, name, layer)
         out = step.flow.made(name, "out", layer.out_features)
         if leaf == "bias":
             return {0: out}

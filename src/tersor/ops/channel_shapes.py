@@ -19,6 +19,8 @@ def reshape(step: Step) -> Dims:
     if "shape" in step.node.kwargs:
         return step.unknown("reshape")
     nested = len(sizes) == 1 and isinstance(sizes[0], (tuple, list))
+    if step.shape is None or len(sizes[0] if nested else sizes) != len(step.shape):  # type: ignore[arg-type]  # nested: a tuple
+        return regroup(step, None)  # one variable holds all sizes
     where: list[Path] = [
         ("args", 1, i) if nested else ("args", 1 + i)
         for i in range(len(sizes[0] if nested else sizes))  # type: ignore[arg-type]  # nested: a tuple

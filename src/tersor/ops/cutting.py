@@ -105,9 +105,14 @@ def cut(net: nn.Module, gone: Mapping[Port, Iterable[int]]) -> None:
             elif side == "norm":
                 layer = net.get_submodule(name)
                 assert isinstance(layer, (nn.LayerNorm, PartialLayerNorm))
-                net.set_submodule(name, without(layer, set(lost)))
+                net.set_submodule(_partial(net, name), without(layer, set(lost)))
             else:
                 _cut_layer(net.get_submodule(name), side, set(lost))
+
+
+def _partial(net: nn.Module, name: str) -> str:
+    """Name the place of a layer norm without channels: that of the whole, if it holds no others."""
+    return f"{name}_partial" if any(True for _ in net.get_submodule(name).children()) else name
 
 
 def _cut_layer(layer: nn.Module, side: str, gone: set[int]) -> None:
@@ -207,8 +212,10 @@ def rewrite(captured: fx.GraphModule, flow: Flow, gone: set[int]) -> None:
         kept = int((~lost[number.atoms]).sum())
         if kept < len(number.atoms):
             _write(nodes[number.node], number, number.value(kept))
-    for name, owner in flow.calls.items():
-        if isinstance(captured.get_submodule(owner), PartialLayerNorm):
+    for name, called in flow.calls.items():
+        owner = _partial(captured, called)
+        modules = dict(captured.named_modules())
+        if isinstance(modules.get(owner), PartialLayerNorm):
             _call_instead(captured.graph, nodes[name], owner)
     for name, atoms in flow.means:
         share = float((~lost[atoms]).mean())

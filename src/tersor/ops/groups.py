@@ -129,6 +129,8 @@ def _groups(flow: Flow) -> list[Group]:
         if not any(side in ("out", "hidden") or side.startswith("dim") for _, side in found):
             continue
         reason = blocked.get(root)
+        if reason is not None and all(side.startswith("dim") for _, side in found):
+            continue  # a table, a scale: nobody would call these channels
         if reason is None and root not in read:
             reason = "no layer reads these channels"
         gathered.setdefault((tuple(found), reason), []).append(root)
