@@ -148,7 +148,9 @@ def torch_pruning(net: nn.Module, entry: Entry, folder: Path) -> Pruned:
         trial = copy.deepcopy(net)
         layers = dict(trial.named_modules())
         ignored = [
-            m for m in trial.modules() if isinstance(m, nn.Linear) and entry.classes == m.out_features
+            m
+            for m in trial.modules()
+            if isinstance(m, nn.Linear) and entry.classes == m.out_features
         ]
         if not ignored:
             ignored = last_layers(trial, example)
@@ -196,7 +198,9 @@ def attention_layers(net: nn.Module) -> dict[str, int]:
     """Find the layers that make queries, keys and values, with their numbers of heads."""
     found = {}
     for name, module in net.named_modules():
-        count = next((getattr(module, a) for a in _COUNTS if isinstance(getattr(module, a, None), int)), 0)
+        count = next(
+            (getattr(module, a) for a in _COUNTS if isinstance(getattr(module, a, None), int)), 0
+        )
         if not count or isinstance(module, nn.MultiheadAttention):
             continue
         shared = getattr(module, "num_key_value_heads", count)
@@ -434,9 +438,15 @@ def timed(entry: Entry, folder: Path) -> dict[str, Any]:
     calls = [[runner.bind(feed) for feed in feeds] for runner in runners]
     seconds = float(os.environ.get("SECONDS_OF_TIMING", SECONDS))
     found = interleave(calls, budget_s=seconds, seed=0)
-    made: dict[str, Any] = {"ms": {n: float(np.median(t)) for n, t in zip(names, found, strict=True)}}
+    made: dict[str, Any] = {
+        "ms": {n: float(np.median(t)) for n, t in zip(names, found, strict=True)}
+    }
     times = dict(zip(names, found, strict=True))
-    for slow, fast in (("original", "tersor"), ("original", "torch-pruning"), ("torch-pruning", "tersor")):
+    for slow, fast in (
+        ("original", "tersor"),
+        ("original", "torch-pruning"),
+        ("torch-pruning", "tersor"),
+    ):
         if slow in times and fast in times:
             ratio = judge(times[slow], times[fast])
             made[f"{fast} to {slow}"] = {

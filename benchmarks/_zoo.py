@@ -293,28 +293,26 @@ TORCHVISION = {
 }
 """Every image classification family, a small member of each; image size."""
 
+_CONVOLUTIONAL = """
+    convnextv2_atto cspresnet50 davit_tiny dla46_c dpn48b edgenext_xx_small efficientnet_lite0
+    efficientvit_b0 fasternet_t0 fastvit_t8 focalnet_tiny_srf ghostnet_050 hardcorenas_a hgnetv2_b0
+    hrnet_w18_small inception_next_atto mambaout_femto poolformer_s12 mobilenetv3_small_050
+    mobilenetv4_conv_small_050 mobilevit_xxs mobilevitv2_050 nf_regnet_b0 pvt_v2_b0 repghostnet_050
+    repvit_m0_9 res2net50_48w_2s resnest14d resnet10t resnetv2_18 rexnet_100 selecsls42
+    legacy_seresnet18 shvit_s1 skresnet18 starnet_s050 ese_vovnet19b_slim_dw lcnet_035 gernet_s
+    repvgg_a0 caformer_s18 convmixer_768_32 tiny_vit_5m_224 xception41"""
+_LARGER = "inception_v4 inception_resnet_v2 rdnet_tiny nextvit_small"
+_ATTENTION = """
+    vit_tiny_patch16_224 deit_tiny_patch16_224 cait_xxs24_224 coat_lite_tiny convit_tiny
+    efficientformer_l1 efficientformerv2_s0 efficientvit_m0 eva02_tiny_patch14_224 gcvit_xxtiny
+    hiera_tiny_224 levit_128s coatnet_nano_rw_224 mixer_s32_224 resmlp_12_224 gmlp_ti16_224
+    mvitv2_tiny nest_tiny pit_ti_224 sequencer2d_s swiftformer_xs swin_tiny_patch4_window7_224
+    twins_svt_small visformer_tiny vitamin_small_224 volo_d1_224 xcit_nano_12_p16_224
+    tnt_s_patch16_224"""
 TIMM = {
-    **dict.fromkeys(
-        """convnextv2_atto cspresnet50 davit_tiny dla46_c dpn48b edgenext_xx_small
-        efficientnet_lite0 efficientvit_b0 fasternet_t0 fastvit_t8 focalnet_tiny_srf ghostnet_050
-        hardcorenas_a hgnetv2_b0 hrnet_w18_small inception_next_atto mambaout_femto poolformer_s12
-        mobilenetv3_small_050 mobilenetv4_conv_small_050 mobilevit_xxs mobilevitv2_050
-        nf_regnet_b0 pvt_v2_b0 repghostnet_050 repvit_m0_9 res2net50_48w_2s resnest14d resnet10t
-        resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 shvit_s1 skresnet18 starnet_s050
-        ese_vovnet19b_slim_dw lcnet_035 gernet_s repvgg_a0 caformer_s18 convmixer_768_32
-        tiny_vit_5m_224 xception41""".split(),
-        SMALL,
-    ),
-    **dict.fromkeys("inception_v4 inception_resnet_v2 rdnet_tiny nextvit_small".split(), 128),
-    **dict.fromkeys(
-        """vit_tiny_patch16_224 deit_tiny_patch16_224 cait_xxs24_224 coat_lite_tiny convit_tiny
-        efficientformer_l1 efficientformerv2_s0 efficientvit_m0 eva02_tiny_patch14_224 gcvit_xxtiny
-        hiera_tiny_224 levit_128s coatnet_nano_rw_224 mixer_s32_224 resmlp_12_224 gmlp_ti16_224
-        mvitv2_tiny nest_tiny pit_ti_224 sequencer2d_s swiftformer_xs swin_tiny_patch4_window7_224
-        twins_svt_small visformer_tiny vitamin_small_224 volo_d1_224 xcit_nano_12_p16_224
-        tnt_s_patch16_224""".split(),
-        FIXED,
-    ),
+    **dict.fromkeys(_CONVOLUTIONAL.split(), SMALL),
+    **dict.fromkeys(_LARGER.split(), 128),
+    **dict.fromkeys(_ATTENTION.split(), FIXED),
     "crossvit_tiny_240": 240,
     "swinv2_tiny_window8_256": 256,
 }

@@ -121,7 +121,7 @@ def child(arguments: list[str], seconds: float = TIMEOUT_S) -> str:
             capture_output=True,
             text=True,
             timeout=seconds,
-            preexec_fn=limit,  # noqa: PLW1509  # no threads here
+            preexec_fn=limit,  # no threads here
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -185,9 +185,7 @@ def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
             (row["latency"] or {}).get(f"{contestant} to original", {}).get("verdict") == "faster"
             for row in rows.values()
         ]
-        whole = [
-            bool(m.get("halved") and m.get("exact") and m.get("exports")) for m in mine
-        ]
+        whole = [bool(m.get("halved") and m.get("exact") and m.get("exports")) for m in mine]
         counts[contestant] = {
             "something went": sum(bool(m.get("runs")) for m in mine),
             "a quarter of the channels went": sum(m.get("channels_left", 1) <= 0.75 for m in mine),
