@@ -361,8 +361,14 @@ def removed(original: nn.Module, net: nn.Module) -> dict[str, dict[int, list[int
     for name, tensor in original.named_parameters():
         if name not in after:
             raise LookupError(f"{name} is no parameter of the pruned network")
-        if after[name].shape != tensor.shape:
+        if after[name].shape == tensor.shape:
+            continue
+        try:
             gone[name] = places(name, tensor.detach().numpy(), after[name].detach().numpy())
+        except LookupError:
+            if reading(original, name) is not None:
+                raise
+            # scales of a norm may have been changed; what they scale is read by nobody
     return gone
 
 
@@ -378,7 +384,8 @@ def places(name: str, before: np.ndarray, after: np.ndarray) -> dict[int, list[i
             continue
         kept = [-1]
         for index in range(after.shape[dim]):
-            values = rng.permutation(after.take(index, dim).reshape(-1))[:SAMPLED]
+            values = after.take(index, dim).reshape(-1)
+            values = values[rng.integers(len(values), size=min(SAMPLED, len(values)))]
             left = np.searchsorted(ordered, values, "left")
             right = np.searchsorted(ordered, values, "right")
             alone = right - left == 1

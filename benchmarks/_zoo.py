@@ -73,7 +73,7 @@ def _settle(net: nn.Module, entry: Entry) -> None:
     """Make every parameter count; see the top of the file."""
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            if parameter.numel() > 1 and parameter.unique().numel() < parameter.numel() / 2:
+            if parameter.numel() > 1 and parameter.min() == parameter.max():
                 # what starts at one multiplies; what starts at zero is added, but for layer scales
                 start = float(parameter.abs().max())
                 scales = start > 0 or "gamma" in name or name.endswith(("scale", ".weight"))
