@@ -223,8 +223,8 @@ def as_it_is(net: nn.Module, given: Given) -> tuple[nn.Module, dict[str, Any]]:
     return net, {}
 
 
-DEFAULT = "tersor l2 local"
-"""Whose architecture is trained from scratch; see `--choose`."""
+DEFAULT = "tersor taylor global"
+"""Whose architecture is trained from scratch: the best of ours before recovery, on validation."""
 METHODS: dict[str, Method] = {
     "original": Method(cut=as_it_is, steered="nothing"),
     **{
