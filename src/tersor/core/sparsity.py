@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 GROUPS = (4, 8, 16)
 """Sizes M of the groups in which at most N weights are not zero."""
 _SIDES = (1, 2, 4, 8, 16, 32)
+_USED = 0.6
+"""Share of the places that a pattern allows, N of M, in which there is a weight."""
 _ROUNDED = 0.05
 """Share of zeros that rounding to codes makes inside blocks that were kept."""
 
@@ -19,8 +21,8 @@ class Structure:
     """What was found in one weight; rows are its outputs, columns its inputs."""
 
     n_of_m: tuple[int, int] | None = None
-    """(N, M): of each M neighboring inputs at most N are not zero; the tightest one, where N is at
-    most three quarters of M: looser ones come about by chance."""
+    """(N, M): of each M neighboring inputs at most N are not zero; the tightest such pair, up to
+    3:4. None where it allows far more weights than there are: zeros make patterns by chance."""
     block: tuple[int, int] | None = None
     """(outputs, inputs): the largest block for which zeros fill whole blocks, at each place of a
     kernel; None where they are single, or fill whole rows and columns."""
@@ -74,7 +76,7 @@ def _n_of_m(zero_OKI: NDArray[np.bool_]) -> tuple[int, int] | None:
     for size in GROUPS:
         if zero_OKI.shape[-1] % size == 0:
             kept = size - zero_OKI.reshape(-1, size).sum(1).min()
-            if 4 * kept <= 3 * size:
+            if 4 * kept <= 3 * size and size * (1 - zero_OKI.mean()) >= _USED * kept:
                 found.append((int(kept), size))
     return min(found, key=lambda pair: (pair[0] / pair[1], pair[1]), default=None)
 
