@@ -17,7 +17,8 @@ between integer operators is rounded, once:
 - average pooling gets a scale of its own.
 
 Everything else stays in float, without roundings around it: normalizations, softmax, GELU, SiLU,
-sigmoids, attention, and the residual additions of transformers, whose linear layers write float
+sigmoids, attention (`benchmarks/attention.py`: rounding queries, keys, values and probabilities took
+longer than the products in integers saved), and the residual additions of transformers, whose linear layers write float
 anyway (integer MatMuls of the runtimes do) and whose sum would collect a rounding error from every
 block.
 """
