@@ -72,7 +72,8 @@ def network_points(name: str, folder: Path) -> list[dict[str, Any]]:
     from tersor.core.scoring import hits
     from tersor.core.statistics import paired_difference, wilson
     from tersor.ops.lower import lower
-    from tersor.quantization.mixed_precision import MixedPrecision, mixed_precision, solve
+    from tersor.quantization._bits import size_budget, solve
+    from tersor.quantization.mixed_precision import MixedPrecision, mixed_precision
     from tersor.quantization.static import Static, static
 
     module = workload(NETWORKS[name])
@@ -98,7 +99,7 @@ def network_points(name: str, folder: Path) -> list[dict[str, Any]]:
         given = context(inputs, folder, calibration=calibration)
         if kind == "mixed" and table:
             counts = {n: net.get_submodule(n).weight.numel() for n in table}
-            bits = solve(table, counts, share)
+            bits = solve(table, size_budget(table, counts, share))
             config = MixedPrecision(assign=tuple(f"{n}={b}" for n, b in bits.items()))
         began = time.perf_counter()
         made = copy.deepcopy(net) if apply is None else apply(copy.deepcopy(net), config, given)

@@ -19,7 +19,9 @@ the process within that span, `before_bytes` the one at its start (packages, net
 
 **Quality** is of the half of the test split that tersor makes no decisions on: top-1 accuracy with
 Wilson's interval and paired differences; for `unet` the mean IoU of the workload, with intervals
-from a paired bootstrap over scenes.
+from a paired bootstrap over scenes. `divergence_from_fp32` tells how far a file's outputs are from
+those it was made from; a quality above or below fp32's with a large divergence is a drift, with a
+small one chance.
 
 **Latency** is timed interleaved, all ONNX files of a network in one process for each runtime. Only
 torch runs torchao's program (Inductor) and torch's dynamic quantization (eager): these are timed in
@@ -107,6 +109,8 @@ class Contestant:
     size_bytes: int
     ms: dict[int, np.ndarray] = field(default_factory=dict)
     """Milliseconds by block, for each batch size; all of one group were timed in turns."""
+    divergence: float | None = None
+    """Of the outputs from fp32's on the same runtime; None where only torch runs the file."""
 
 
 def main() -> int:
@@ -358,6 +362,7 @@ def on_runtime(
         {k: v[i : i + 128] for k, v in test.items()} for i in range(0, len(test["labels"]), 128)
     ]
     runners, found = {}, {}
+    floats = None
     for contestant in files:
         place = folder / f"{runtime} {contestant}"
         place.mkdir(exist_ok=True)
@@ -371,8 +376,10 @@ def on_runtime(
             continue
         assert labels is not None
         runners[contestant] = runner
+        floats = outputs if contestant == "fp32" else floats
         found[contestant] = Contestant(
             samples=scored(outputs, labels, metric),
+            divergence=None if floats is None else apart(outputs, floats),
             size_bytes=sum(f.stat().st_size for f in made),
         )
     for batch in BATCHES:
@@ -382,6 +389,16 @@ def on_runtime(
         for contestant, ms in zip(runners, times, strict=True):
             found[contestant].ms[batch] = ms
     return found
+
+
+def apart(outputs: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the mean divergence (Kullback-Leibler) from the classes' probabilities of fp32."""
+    import torch
+
+    from tersor.ops.losses import class_dimension, divergence
+
+    ours, theirs = torch.from_numpy(outputs), torch.from_numpy(wanted)
+    return float(divergence(ours, theirs, class_dimension(theirs, None)))
 
 
 def race(slow: Contestant, fast: Contestant, batch: int) -> dict[str, Any]:
@@ -409,6 +426,7 @@ def figures(contestant: str, group: dict[str, Contestant]) -> dict[str, Any]:
         "accuracy_spread": spread(mine.samples),
         "samples": len(mine.samples),
         "accuracy_minus_fp32": minus(fp32.samples, mine.samples),
+        "divergence_from_fp32": mine.divergence,
         "size_bytes": mine.size_bytes,
         "latency": latency,
     }

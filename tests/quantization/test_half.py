@@ -1,17 +1,22 @@
 """Half precision: noted on the network, computed by the runtime, refused where it cannot be."""
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tersor.core import plugins
-from tersor.core.errors import TargetError
+from tersor.core.errors import ModelError, TargetError, UnfitError
 from tersor.core.runtime import Target
+from tersor.ops import edits
+from tersor.ops.float8 import DTYPES, float8
 from tersor.ops.lower import lower
-from tersor.quantization.half import Half, half
+from tersor.quantization.half import Half, check_weights, half
 from tests import networks
 
 
@@ -52,3 +57,89 @@ def test_outputs_are_near_and_not_equal(runtime: str, tiny_context: Any, tmp_pat
         wanted = net(x).numpy()
     moved = np.abs(next(iter(runner.bind({"x": x.numpy()})().values())) - wanted).max()
     assert 0 < moved < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_keeps_the_nearest_number_of_the_format(format: str, tiny_context: Any) -> None:
+    """Against a search through all numbers of the format, in float64."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3, bias=False)
+    layer.weight.data[1] = 0
+    made = float8(layer, format)
+    every = torch.arange(256, dtype=torch.uint8).view(DTYPES[format]).double()
+    numbers = every[every.isfinite()]
+    for channel in (0, 2):
+        weight_I = layer.weight.detach()[channel].flatten().double()
+        scale = float(made.scale[channel])
+        assert scale == pytest.approx(float(weight_I.abs().max()) / float(numbers.max()))
+        error_I = (made.values()[channel].flatten().double() - weight_I).abs()
+        best_I = (numbers[:, None] * scale - weight_I).abs().amin(0)
+        torch.testing.assert_close(error_I, best_I, rtol=0, atol=1e-6)
+    assert not made.values()[1].any()
+    assert made.scale[1] == 1
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch_eager", "torch_export"])
+def test_fp8_is_small_and_computes_the_same_on_the_runtime(
+    runtime: str, tiny_context: Any, tmp_path: Path
+) -> None:
+    found = plugins.runtime(runtime)
+    for package in found.to_run:
+        pytest.importorskip(package)
+    target = Target(runtime=runtime, options={"threads": 1})
+    net = networks.tiny_cnn(width=32)
+    context = tiny_context(net, target=target)
+    made = half(copy.deepcopy(net), Half(format="fp8_e4m3"), context)
+    assert context.facts["layers"] == 9
+    sizes = []
+    for i, one in enumerate((net, made)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        lowered = lower(one, found.takes, networks.inputs())
+        files = found.export(lowered, folder, networks.inputs())
+        sizes.append(sum(file.stat().st_size for file in files))
+    assert sizes[1] < 0.45 * sizes[0]
+    runner = found.load(files[0], target)
+    x = networks.digits()[0][:64]
+    with torch.no_grad():
+        wanted, floats = made(x), net(x)
+    got = torch.from_numpy(next(iter(runner.bind({"x": x.numpy()})().values())))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert 0 < float((wanted - floats).abs().max()) < 0.1 * float(floats.abs().max())
+
+
+def test_fp8_is_stored_and_replayed(tiny_context: Any, tmp_path: Path) -> None:
+    net = networks.tiny_transformer()
+    made = half(copy.deepcopy(net), Half(format="fp8_e5m2"), tiny_context(net))
+    edits.store(made, net, tmp_path)
+    again = edits.replay(tmp_path, copy.deepcopy(net))
+    x = networks.digits()[0][:8]
+    with torch.no_grad():
+        assert torch.equal(made(x), again(x))
+
+
+def test_fp8_says_what_it_cannot(tiny_context: Any) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    broken = copy.deepcopy(net)
+    broken.fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="layer 'fc' cannot be kept in fp8: weights are NaN or"):
+        half(broken, Half(format="fp8_e4m3"), context)
+    with pytest.raises(UnfitError, match="no layer of this network can keep its weights in fp8"):
+        half(_Twice(), Half(format="fp8_e4m3"), context)
+
+
+def test_fp8_is_refused_for_a_runtime_that_does_not_read_it() -> None:
+    runtimes = {name: plugins.runtime(name) for name in plugins.names("runtimes")}
+    old = dataclasses.replace(runtimes["openvino"], weights=("fp8_e5m2",))
+    with pytest.raises(
+        TargetError,
+        match=r"openvino:cpu does not read weights in fp8_e4m3; use .*onnxruntime.*, or the step",
+    ):
+        check_weights("fp8_e4m3", Target(runtime="openvino"), {**runtimes, "openvino": old})
+    check_weights("fp8_e5m2", Target(runtime="openvino"), {**runtimes, "openvino": old})
+
+
+class _Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2

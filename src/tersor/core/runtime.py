@@ -88,6 +88,8 @@ class Runtime:
     """Run the batches and tell where the time went; None: the runtime has no such means."""
     options: tuple[str, ...] = ("threads",)
     """Names allowed in `Target.options`."""
+    weights: tuple[str, ...] = ()
+    """Formats of weights that it reads beside fp32 and integers, as `half` names them."""
     to_export: tuple[str, ...] = ()
     """Packages that `export` imports, by import name."""
     to_run: tuple[str, ...] = ()

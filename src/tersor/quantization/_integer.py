@@ -78,6 +78,26 @@ def measure_ranges(
         DataError: no calibration data, or a batch that does not fit.
     """
     points = place(captured, chosen, context.target.runtime)
+    return measure_points(
+        captured,
+        points,
+        context,
+        calibrator=calibrator,
+        percentile=percentile,
+        symmetric=symmetric,
+    )
+
+
+def measure_points(
+    captured: fx.GraphModule,
+    points: Sequence[Point],
+    context: Context,
+    *,
+    calibrator: Calibrator,
+    percentile: float = 99.99,
+    symmetric: bool = False,
+) -> tuple[list[tuple[Point, Quantize]], int]:
+    """Decide on the grids of given places; as `measure_ranges`."""
     if context.data.calibration is None:
         raise DataError("calibration data is needed: a few hundred samples, without labels")
     counted, samples = histograms(

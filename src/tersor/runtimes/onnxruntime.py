@@ -134,6 +134,7 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     profile=profile,
+    weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("onnx", "onnxscript"),
     to_run=("onnxruntime",),
 )

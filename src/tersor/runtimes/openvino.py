@@ -128,6 +128,7 @@ RUNTIME = Runtime(
     load=load,
     profile=profile,
     options=("threads", "precision"),
+    weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("openvino", "onnx", "onnxscript"),
     to_run=("openvino",),
 )

@@ -39,6 +39,7 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     options=("threads", "precision"),
+    weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("torch",),
     to_run=("torch",),
 )
