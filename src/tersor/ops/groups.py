@@ -53,7 +53,7 @@ class Group:
 
     def __str__(self) -> str:
         parts = [f"out of {', '.join(self.makers)}"]
-        passed = (*self.layers("both"), *self.layers("depthwise"))
+        passed = (*self.layers("both"), *self.layers("norm"), *self.layers("depthwise"))
         if passed:
             parts.append(f"through {', '.join(passed)}")
         if self.layers("in"):
