@@ -1,0 +1,96 @@
+"""Which weights stay: a share of each row, or N of every M neighboring input channels."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tersor.core.errors import UnfitError
+from tersor.ops.masks import num_dropped
+from tersor.ops.matrices import input_channels
+
+# G groups of a layer, R rows: outputs, C columns: inputs (ops/matrices.py)
+
+Pattern = tuple[int, int]
+"""(N, M): N of every M weights may be other than zero."""
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read "2:4".
+
+    Raises:
+        ValueError: it is not N:M with 0 < N < M.
+    """
+    n, colon, m = str(text).partition(":")
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        raise ValueError(f'pattern must be "N:M" with 0 < N < M, such as "2:4", got {text!r}')
+    return int(n), int(m)
+
+
+def weaker_pattern(text: str) -> str | None:
+    """Return the pattern that keeps one more of its M; None: there is none."""
+    n, m = parse_pattern(text)
+    return f"{n + 1}:{m}" if n + 1 < m else None
+
+
+def keep_share(score_GRC: Float[Tensor, "G R C"], sparsity: float) -> Bool[Tensor, "G R C"]:
+    """Drop the same share of every row, the lowest scores first, of equal ones the first.
+
+    Args:
+        score_GRC: Higher is more important.
+        sparsity: Share, in [0, 1); rounded down to whole weights.
+    """
+    gone = score_GRC.argsort(dim=-1, stable=True)[..., : num_dropped(sparsity, score_GRC.shape[-1])]
+    return torch.ones_like(score_GRC, dtype=torch.bool).scatter_(-1, gone, False)
+
+
+def keep_n_of_m(score: Float[Tensor, "... C"], pattern: Pattern) -> Bool[Tensor, "... C"]:
+    """Keep the N highest scores of every M neighboring columns; of equal ones the last.
+
+    Args:
+        score: Higher is more important; C is a multiple of M.
+        pattern: (N, M).
+    """
+    n, m = pattern
+    gone = score.unflatten(-1, (-1, m)).argsort(dim=-1, stable=True)[..., : m - n]
+    keep = torch.ones_like(score, dtype=torch.bool).unflatten(-1, (-1, m))
+    return keep.scatter(-1, gone, False).flatten(-2)
+
+
+def fitting(
+    chosen: dict[str, nn.Module], pattern: Pattern, technique: str
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Leave out layers with one input channel, whose weights have no neighbors.
+
+    Args:
+        chosen: Name -> layer.
+        pattern: (N, M), along input channels.
+        technique: For the message.
+
+    Returns:
+        (name -> layer, name -> why it is left as it is).
+
+    Raises:
+        UnfitError: M does not divide the input channels of a layer; names all of them.
+    """
+    n, m = pattern
+    left = {
+        name: "it has one input channel, so no neighbors to choose from"
+        for name, layer in chosen.items()
+        if input_channels(layer) == 1
+    }
+    kept = {name: layer for name, layer in chosen.items() if name not in left}
+    wrong = {name: c for name, layer in kept.items() if (c := input_channels(layer)) % m}
+    if wrong:
+        name, channels = next(iter(wrong.items()))
+        told = ", ".join(f"{name!r} has {channels}" for name, channels in wrong.items())
+        excluded = ", ".join(f'"!{name}"' for name in wrong)
+        divisors = [d for d in range(n + 1, channels + 1) if channels % d == 0]
+        nearest = min(divisors, key=lambda d: (abs(d - m), d), default=None)
+        use = f"use {n}:{nearest} ({name!r} alone), or " if nearest else ""
+        raise UnfitError(
+            f"{technique}: {n}:{m} needs input channels in multiples of {m}, but {told}; {use}"
+            f"leave out what does not fit: layers: [{excluded}]"
+        )
+    if not kept:
+        raise UnfitError(f"{technique}: every chosen layer has one input channel; nothing to do")
+    return kept, left
