@@ -26,10 +26,37 @@ def parse_pattern(text: str) -> Pattern:
     return int(n), int(m)
 
 
-def weaker_pattern(text: str) -> str | None:
-    """Return the pattern that keeps one more of its M; None: there is none."""
-    n, m = parse_pattern(text)
-    return f"{n + 1}:{m}" if n + 1 < m else None
+def check_amount(sparsity: float | None, pattern: str | None) -> None:
+    """Refuse settings that do not say how much is pruned.
+
+    Raises:
+        ValueError: both are given, or one that has no meaning.
+    """
+    if sparsity is not None and pattern is not None:
+        raise ValueError("give sparsity or pattern, not both")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+    if pattern is not None:
+        parse_pattern(pattern)
+
+
+def weaker_amount(sparsity: float, pattern: str | None) -> dict[str, float | str] | None:
+    """Return a setting with fewer zeros: 30 % less, or one more of every M.
+
+    None: there is none, or hardly any zeros would be left.
+    """
+    if pattern is not None:
+        n, m = parse_pattern(pattern)
+        return {"pattern": f"{n + 1}:{m}"} if n + 1 < m else None
+    less = round(0.7 * sparsity, 3)
+    return {"sparsity": less} if less > 0.05 else None
+
+
+def keep_highest(
+    score_GRC: Float[Tensor, "G R C"], sparsity: float, pattern: Pattern | None
+) -> Bool[Tensor, "G R C"]:
+    """Keep the highest scores: N of every M where there is a pattern, else a share of each row."""
+    return keep_n_of_m(score_GRC, pattern) if pattern else keep_share(score_GRC, sparsity)
 
 
 def keep_share(score_GRC: Float[Tensor, "G R C"], sparsity: float) -> Bool[Tensor, "G R C"]:
@@ -51,9 +78,10 @@ def keep_n_of_m(score: Float[Tensor, "... C"], pattern: Pattern) -> Bool[Tensor,
         pattern: (N, M).
     """
     n, m = pattern
-    gone = score.unflatten(-1, (-1, m)).argsort(dim=-1, stable=True)[..., : m - n]
-    keep = torch.ones_like(score, dtype=torch.bool).unflatten(-1, (-1, m))
-    return keep.scatter(-1, gone, False).flatten(-2)
+    near = score.reshape(*score.shape[:-1], -1, m)
+    gone = near.argsort(dim=-1, stable=True)[..., : m - n]
+    keep = torch.ones_like(near, dtype=torch.bool).scatter_(-1, gone, False)
+    return keep.view(score.shape)
 
 
 def fitting(

@@ -6,7 +6,7 @@ still at the same layer; what they hold are the values alive there, not those of
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,8 @@ from tersor.core.model import Inputs
 from tersor.ops.attention import split_attention
 from tersor.ops.calibrate import checked
 from tersor.ops.capture import capture
-from tersor.ops.masks import prunable
-from tersor.ops.matrices import input_rows
+from tersor.ops.masks import hold, prunable
+from tersor.ops.matrices import input_rows, unmatrices
 from tersor.ops.walk import carried_bytes, walk
 
 _CARRIED_BYTES = 2**30
@@ -85,9 +85,7 @@ def one_by_one(
     """
     chosen, left = prunable(graph, layers)
     calls = Counter(str(n.target) for n in graph.graph.nodes if n.op == "call_module")
-    owners = Counter(
-        id(tensor) for m in graph.modules() for tensor in m.parameters(recurse=False)
-    )
+    owners = Counter(id(tensor) for m in graph.modules() for tensor in m.parameters(recurse=False))
     fit: dict[str, nn.Module] = {}
     for name in calls:
         if name not in chosen:
@@ -177,8 +175,45 @@ def _told(steps: Iterator[_Step], index: int) -> Iterator[_Step]:
         raise DataError(f"calibration batch {index} fails in the network: {text}") from error
 
 
-def write(layer: nn.Module, weight: Tensor) -> None:
-    """Put new values into a layer's weight, in place."""
-    with torch.no_grad():
-        assert isinstance(layer.weight, Tensor)
-        layer.weight.copy_(weight)
+def prune_in_turn(
+    net: nn.Module,
+    graph: fx.GraphModule,
+    stops: Iterable[Stop],
+    prune: Callable[[Stop], tuple[Tensor, Tensor]],
+) -> dict[str, float]:
+    """Prune layer after layer, and have the zeros stay zero.
+
+    Args:
+        net: The network that `graph` was opened from; changed, but not where something fails.
+        graph: Its layers.
+        stops: What `layer_by_layer` yields.
+        prune: Layer -> (its new matrices, mask of them that is True where a weight stays).
+
+    Returns:
+        Layer name -> share of its weights that are pruned.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+    keep: dict[str, Tensor] = {}
+    try:
+        for stop in stops:
+            weight = stop.layer.weight
+            assert isinstance(weight, Tensor)
+            weight_GRC, keep_GRC = prune(stop)
+            before.append((weight, weight.detach().clone()))
+            keep[stop.name] = unmatrices(stop.layer, keep_GRC)
+            with torch.no_grad():
+                weight.copy_(unmatrices(stop.layer, weight_GRC * keep_GRC))
+        _hold(net, graph, keep)
+    except BaseException:
+        with torch.no_grad():
+            for weight, old in before:
+                weight.copy_(old)
+        raise
+    return {name: float((~mask).double().mean()) for name, mask in keep.items()}
+
+
+def _hold(net: nn.Module, graph: fx.GraphModule, keep: Mapping[str, Tensor]) -> None:
+    own = {name for name, module in net.named_modules() if hasattr(module, "weight")}
+    hold(net, {name: mask for name, mask in keep.items() if name in own})
+    # the projections of attention are rows of a weight that the network has in one
+    hold(graph, {name: mask for name, mask in keep.items() if name not in own})
