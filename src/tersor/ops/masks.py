@@ -8,7 +8,7 @@ gradient is always zero stays where it is with SGD, its momentum, AdamW and weig
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -95,6 +95,38 @@ def _why_not(layer: nn.Module) -> str | None:
 def num_dropped(sparsity: float, count: int) -> int:
     """Return how many of `count` weights a sparsity sets to zero, rounded down."""
     return math.floor(sparsity * count + 1e-6)
+
+
+def weaker(sparsity: float) -> float | None:
+    """Return a milder sparsity: with twice the weights, or 30 % fewer zeros; None below 5 %."""
+    milder = round(max(2 * sparsity - 1, 0.7 * sparsity), 4)
+    return milder if milder >= 0.05 else None
+
+
+def facts(net: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return what a report says of pruned layers.
+
+    Returns:
+        sparsity: of their weights together; sparsity_by_layer; sparsity_of_parameters: of all
+        parameters of the network, with those that were not pruned.
+    """
+    sizes = {name: _size(layer.weight) for name, layer in layers.items()}
+    everything = [_size(parameter) for parameter in net.parameters()]
+    return {
+        "sparsity": _share(list(sizes.values())),
+        "sparsity_by_layer": {name: _share([size]) for name, size in sizes.items()},
+        "sparsity_of_parameters": _share(everything),
+    }
+
+
+def _size(weight: Tensor | nn.Module) -> tuple[int, int]:
+    """Return zeros and elements."""
+    assert isinstance(weight, Tensor)
+    return weight.numel() - int(weight.detach().count_nonzero()), weight.numel()
+
+
+def _share(sizes: Sequence[tuple[int, int]]) -> float:
+    return round(sum(z for z, _ in sizes) / max(sum(n for _, n in sizes), 1), 5)
 
 
 def choose(
