@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tersor.core.errors import UnfitError
-from tersor.ops.masks import num_dropped
+from tersor.ops.masks import num_dropped, weaker
 from tersor.ops.matrices import input_channels
 
 # G groups of a layer, R rows: outputs, C columns: inputs (ops/matrices.py)
@@ -41,15 +41,12 @@ def check_amount(sparsity: float | None, pattern: str | None) -> None:
 
 
 def weaker_amount(sparsity: float, pattern: str | None) -> dict[str, float | str] | None:
-    """Return a setting with fewer zeros: 30 % less, or one more of every M.
-
-    None: there is none, or hardly any zeros would be left.
-    """
+    """Return a setting with fewer zeros; None: there is none, or hardly any would be left."""
     if pattern is not None:
         n, m = parse_pattern(pattern)
         return {"pattern": f"{n + 1}:{m}"} if n + 1 < m else None
-    less = round(0.7 * sparsity, 3)
-    return {"sparsity": less} if less > 0.05 else None
+    less = weaker(sparsity)
+    return None if less is None else {"sparsity": less}
 
 
 def keep_highest(

@@ -180,7 +180,7 @@ def prune_in_turn(
     graph: fx.GraphModule,
     stops: Iterable[Stop],
     prune: Callable[[Stop], tuple[Tensor, Tensor]],
-) -> dict[str, float]:
+) -> None:
     """Prune layer after layer, and have the zeros stay zero.
 
     Args:
@@ -188,9 +188,6 @@ def prune_in_turn(
         graph: Its layers.
         stops: What `layer_by_layer` yields.
         prune: Layer -> (its new matrices, mask of them that is True where a weight stays).
-
-    Returns:
-        Layer name -> share of its weights that are pruned.
     """
     before: list[tuple[Tensor, Tensor]] = []
     keep: dict[str, Tensor] = {}
@@ -203,16 +200,22 @@ def prune_in_turn(
             keep[stop.name] = unmatrices(stop.layer, keep_GRC)
             with torch.no_grad():
                 weight.copy_(unmatrices(stop.layer, weight_GRC * keep_GRC))
-        _hold(net, graph, keep)
+        hold_open(net, graph, keep)
     except BaseException:
         with torch.no_grad():
             for weight, old in before:
                 weight.copy_(old)
         raise
-    return {name: float((~mask).double().mean()) for name, mask in keep.items()}
 
 
-def _hold(net: nn.Module, graph: fx.GraphModule, keep: Mapping[str, Tensor]) -> None:
+def hold_open(net: nn.Module, graph: fx.GraphModule, keep: Mapping[str, Tensor]) -> None:
+    """Set weights to zero, and have them stay zero.
+
+    Args:
+        net: The network that `graph` was opened from.
+        graph: Its layers, by the names of the masks.
+        keep: Layer name -> mask of its weight's shape, True where a weight stays.
+    """
     own = {name for name, module in net.named_modules() if hasattr(module, "weight")}
     hold(net, {name: mask for name, mask in keep.items() if name in own})
     # the projections of attention are rows of a weight that the network has in one

@@ -10,6 +10,7 @@ from tersor.core.context import Context
 from tersor.core.errors import StepError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
+from tersor.ops import masks
 from tersor.ops.hessian import (
     accumulate_hessian,
     damped,
@@ -17,7 +18,6 @@ from tersor.ops.hessian import (
     inverse_factor,
     squared_error,
 )
-from tersor.ops.masks import num_dropped
 from tersor.ops.matrices import matrices
 from tersor.ops.patterns import (
     Pattern,
@@ -127,13 +127,12 @@ def sparsegpt(net: nn.Module, config: Sparsegpt, context: Context) -> nn.Module:
         return made_GRC, keep_GRC
 
     stops = context.track(layer_by_layer(graph, names, batches), "pruning layers", len(names))
-    pruned = prune_in_turn(net, graph, stops, prune)
+    prune_in_turn(net, graph, stops, prune)
     context.record(
-        layers=len(pruned),
         samples=num_samples(batches, context.inputs),
-        sparsity=pruned,
+        **masks.facts(graph, chosen),
         relative_squared_errors=errors,
-        left_as_they_are=left,
+        left=left,
     )
     return net
 
@@ -174,6 +173,6 @@ def _keep_block(ratio_GRB: Tensor, config: Sparsegpt) -> Tensor:
     """Choose over all rows of a block at once: rows may lose different shares."""
     sparsity = _DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
     score = ratio_GRB.square().flatten(1)
-    gone = score.argsort(dim=-1, stable=True)[:, : num_dropped(sparsity, score.shape[-1])]
+    gone = score.argsort(dim=-1, stable=True)[:, : masks.num_dropped(sparsity, score.shape[-1])]
     keep = torch.ones_like(score, dtype=torch.bool).scatter_(-1, gone, False)
     return keep.view(ratio_GRB.shape)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tersor.core.context import Context
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
+from tersor.ops import masks
 from tersor.ops.hessian import accumulate_squares
 from tersor.ops.matrices import matrices
 from tersor.ops.patterns import (
@@ -93,11 +94,10 @@ def wanda(net: nn.Module, config: Wanda, context: Context) -> nn.Module:
         return weight_GRC, keep_highest(score_GRC, sparsity, pattern)
 
     stops = context.track(layer_by_layer(graph, names, batches), "pruning layers", len(names))
-    pruned = prune_in_turn(net, graph, stops, prune)
+    prune_in_turn(net, graph, stops, prune)
     context.record(
-        layers=len(pruned),
         samples=num_samples(batches, context.inputs),
-        sparsity=pruned,
-        left_as_they_are=left,
+        **masks.facts(graph, chosen),
+        left=left,
     )
     return net
