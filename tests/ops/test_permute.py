@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor.core.model import Inputs
 from tersor.ops.capture import capture
 from tersor.ops.groups import Group, find_groups
 from tersor.ops.permute import permute

@@ -152,7 +152,7 @@ def test_what_is_left_out_has_a_reason() -> None:
         "up": "a transposed convolution: its inputs act on overlapping outputs",
         "tied": "shares its weight with another layer",
     }
-    with pytest.raises(UnfitError, match="no layer can be pruned by its inputs: .*'tied': shares"):
+    with pytest.raises(UnfitError, match=r"no layer can be pruned by its inputs: .*'tied': shares"):
         one_by_one(graph, Layers(patterns=("!plain",)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from tersor.core.context import Batch
-from tersor.core.errors import DataError, UnfitError
+from tersor.core.errors import DataError, StepError, UnfitError
 from tersor.core.layers import Layers
 from tersor.core.model import Inputs
 from tersor.ops.attention import split_attention
@@ -66,7 +66,7 @@ def open_layers(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
     Changing a weight of the graph in place changes the network's.
     """
     captured = capture(net, inputs)
-    scratch = fx.GraphModule(captured, copy.deepcopy(captured.graph))
+    scratch = fx.GraphModule(captured, copy.deepcopy(captured.graph), type(net).__name__)
     split_attention(scratch, inputs)
     return scratch.eval()
 
@@ -80,7 +80,7 @@ def one_by_one(
         (name -> layer, in the order they run; name -> why it is left as it is).
 
     Raises:
-        RecipeError, StepError: `layers` fits nothing.
+        RecipeError, StepError: `layers` fits nothing; a weight is NaN or infinite.
         UnfitError: no layer is fit.
     """
     chosen, left = prunable(graph, layers)
@@ -103,7 +103,24 @@ def one_by_one(
     if not fit:
         told = "; ".join(f"{name!r}: {reason}" for name, reason in left.items())
         raise UnfitError(f"no layer can be pruned by its inputs: {told}")
+    check_finite(fit)
     return fit, left
+
+
+def check_finite(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse weights that cannot be compared.
+
+    Raises:
+        StepError: NaN or infinity; names the layer.
+    """
+    for name, layer in layers.items():
+        assert isinstance(layer.weight, Tensor)
+        bad = int((~torch.isfinite(layer.weight)).sum())
+        if bad:
+            raise StepError(
+                f"layer {name!r}: {bad} of {layer.weight.numel()} weights are NaN or infinite; "
+                "repair or retrain the network first"
+            )
 
 
 def drawn(

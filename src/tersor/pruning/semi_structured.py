@@ -17,7 +17,7 @@ from tersor.ops.groups import find_groups
 from tersor.ops.matrices import input_channels, matrices, unmatrices
 from tersor.ops.patterns import Pattern, fitting, keep_n_of_m, parse_pattern, weaker_amount
 from tersor.ops.reorder import reorder
-from tersor.ops.sequential import hold_open, open_layers
+from tersor.ops.sequential import check_finite, hold_open, open_layers
 
 # G groups of a layer, R rows: outputs, C columns: inputs (ops/matrices.py)
 
@@ -88,7 +88,7 @@ def semi_structured(net: nn.Module, config: SemiStructured, context: Context) ->
     Raises:
         DataError: taylor without calibration data or labels.
         ModelError: the network cannot be captured.
-        RecipeError, StepError: `layers` fits nothing; a gradient is not finite.
+        RecipeError, StepError: `layers` fits nothing; a weight or gradient is not finite.
         UnfitError: the pattern or the blocks do not divide a layer. The network is unchanged in
             all cases.
 
@@ -98,6 +98,7 @@ def semi_structured(net: nn.Module, config: SemiStructured, context: Context) ->
     """
     graph = open_layers(net.eval(), context.inputs)
     chosen, left = masks.prunable(graph, config.layers)
+    check_finite(chosen)
     facts: dict[str, Any] = {}
     if config.block is None:
         pattern = parse_pattern(config.pattern or _DEFAULT_PATTERN)
