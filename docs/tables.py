@@ -3,9 +3,9 @@
     python docs/tables.py [--check]
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
-compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`, `aa` or
-`startup`. No figure in it is typed by hand. `--check` changes nothing and exits with 1 where a page
-is not up to date.
+compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`, `aa`,
+`startup`, `pruned` or `ways` (of pruning). No figure in it is typed by hand. `--check` changes
+nothing and exits with 1 where a page is not up to date.
 """
 
 import argparse
@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
     "README.zh-CN.md",
+    "docs/how-to/prune.md",
     "docs/measuring.md",
     "docs/results.md",
     "docs/why-int8-pays.md",
@@ -57,6 +58,8 @@ def rendered(text: str, *, chinese: bool) -> str:
         "explain": explained,
         "aa": self_check,
         "startup": startup,
+        "pruned": pruned,
+        "ways": pruning_ways,
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -150,6 +153,60 @@ def mixed(chinese: bool) -> str:
             ]
         )
     return table(head, rows)
+
+
+def pruned(chinese: bool) -> str:
+    """One row a network with few weights left: accuracy beside the original's."""
+    del chinese
+    head = ["network", "weights left", "error, whole split", "original", "not above the original's"]
+    head += ["error, other half", "original"]
+    rows = []
+    for network, items in pruning_rows("target", "network").items():
+        first = items[0]["original"]
+        errors = {part: [100 - i["accuracy"][part] for i in items] for part in first}
+        mean = sum(errors["whole"]) / len(items)
+        rows.append(
+            [
+                network,
+                f"{100 * items[0]['weights_left']:.1f} %",
+                spread(errors["whole"], "%"),
+                f"{100 - first['whole']:.2f} %",
+                "yes" if mean <= 100 - first["whole"] + 1e-9 else "**no**",
+                spread(errors["other"], "%"),
+                f"{100 - first['other']:.2f} %",
+            ]
+        )
+    return table(head, rows) if rows else ""
+
+
+def pruning_ways(chinese: bool) -> str:
+    """One row a way of pruning: accuracy, and the difference to one shot."""
+    del chinese
+    found = pruning_rows("effect", "way")
+    if not found:
+        return ""
+    plain = {i["seed"]: i["accuracy"]["other"] for i in found["one shot, then finetune"]}
+    rows = []
+    for way, items in found.items():
+        differences = [i["accuracy"]["other"] - plain[i["seed"]] for i in items]
+        shown = "" if way.startswith("one shot") else spread(differences, "points", sign="+")
+        rows.append([way, spread([i["accuracy"]["other"] for i in items], "%"), shown])
+    return table(["way", "accuracy", "difference to one shot"], rows)
+
+
+def pruning_rows(part: str, key: str) -> dict[str, list[Any]]:
+    """Group the rows of a part of the stored report."""
+    found: dict[str, list[Any]] = {}
+    for item in (stored("unstructured") or {"results": []})["results"]:
+        if item["part"] == part:
+            found.setdefault(item[key], []).append(item)
+    return dict(sorted(found.items(), key=lambda pair: (not pair[0].startswith("one"), pair[0])))
+
+
+def spread(values: list[float], unit: str, sign: str = "") -> str:
+    """Write the mean of some seeds, with the lowest and the highest."""
+    mean = sum(values) / len(values)
+    return f"{mean:{sign}.2f} {unit} [{min(values):{sign}.2f}, {max(values):{sign}.2f}]"
 
 
 def agreement(chinese: bool) -> str:

@@ -162,6 +162,43 @@ def test_inspect_a_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["form"] == "module"
 
 
+def test_inspect_finds_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnx
+    import torch
+    from torch import nn
+
+    net = nn.Sequential(nn.Linear(32, 16, bias=False), nn.ReLU(), nn.Linear(16, 24, bias=False))
+    with torch.no_grad():
+        net[0].weight.view(16, 8, 4)[..., 1::2] = 0  # 2:4
+        net[2].weight.view(3, 8, 4, 4)[1, :, ::2] = 0  # 8x4 blocks
+    torch.export.save(torch.export.export(net, (torch.ones(2, 32),)), tmp_path / "net.pt2")
+    code, raw, _ = talk(capsys, "inspect", str(tmp_path / "net.pt2"), "--json")
+    first, second = json.loads(raw)["layers"]
+    assert code == 0
+    assert first["structure"]["n_of_m"] == [2, 4]
+    assert second["structure"] == {"n_of_m": None, "block": [8, 4], "zero_rows": 0, "zero_columns": 0}  # fmt: skip
+    # the same as an ONNX file whose matrices are (inputs, outputs)
+    weights = {"a": net[0].weight.detach().T.numpy(), "b": net[2].weight.detach().T.numpy()}
+    made = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["x", "a"], ["y"]),
+            onnx.helper.make_node("Gemm", ["y", "b"], ["z"]),
+        ],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 32])],
+        [onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["batch", 24])],
+        [onnx.numpy_helper.from_array(np.ascontiguousarray(w), n) for n, w in weights.items()],
+    )
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(made, opset_imports=opset), tmp_path / "net.onnx")
+    code, out, _ = talk(capsys, "inspect", str(tmp_path / "net.onnx"))
+    assert code == 0
+    lines = out.splitlines()
+    assert any(line.split()[-1:] == ["structure"] for line in lines)
+    assert any(line.startswith("a ") and line.endswith("50.0 %  2:4, 16 columns") for line in lines)
+    assert any(line.startswith("b ") and line.endswith("16.7 %  8x4 blocks") for line in lines)
+
+
 def test_constants_of_openvino_and_safetensors_files(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

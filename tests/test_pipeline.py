@@ -293,3 +293,53 @@ def test_fingerprint_is_of_every_field():
     )
     other = workspace.fingerprint(net, changed, recipe("fuse_batch_norm"), 0, 1, 1)
     assert [k for k in base if base[k] != other[k]] == ["test"]
+
+
+def zeros_of(artifact, tmp_path):
+    """Count the zeros of the matrices and kernels of a network that was stored."""
+    from tersor._cli_tensors import of_file
+
+    found = of_file(next(f for f in artifact.model_files if f.suffix == ".pt2"))
+    return {c.layer: c.zeros for c in found if len(c.shape) > 1}
+
+
+EXPORT = {"runtime": "torch_export", "options": {"threads": 1}}
+
+
+def test_zeros_stay_through_later_stages(tmp_path):
+    wanted = {n: int(0.8 * p.numel()) for n, p in networks.tiny_cnn().named_parameters() if p.dim() > 1}  # fmt: skip
+    made = run(
+        tmp_path,
+        {"magnitude": {"sparsity": 0.8}},
+        "fuse_batch_norm",
+        {"finetune": {"epochs": 0.3}},
+        [{"equalize": {}}, {"distill_logits": {"epochs": 0.3}}],
+        target=EXPORT,
+        metrics=("nonzeros",),
+    )
+    found = zeros_of(made, tmp_path)
+    assert sorted(found.values()) == sorted(wanted.values())
+    (nonzeros,) = made.report.after
+    assert nonzeros.value < 0.35 * made.report.before[0].value
+    assert made.report.stages[0].facts["magnitude"]["sparsity"] == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_trainer_that_ignores_the_mask_is_told(tmp_path):
+    def copying(net, loss, *, batches, **_):
+        from tersor import trainer
+
+        return trainer.fit(copy.deepcopy(net), loss, batches=batches, epochs=0.3)
+
+    with pytest.raises(StepError, match=r"the trainer ignored the mask of 'conv1\.weight': \d+ of"):
+        run(tmp_path, ["magnitude", {"finetune": {"epochs": 0.3}}], fit=copying)
+
+
+def test_pruning_is_judged_by_what_is_not_zero(tmp_path):
+    made = run(
+        tmp_path,
+        [{"gradual": {"sparsity": 0.7, "epochs": 2}}, {"distill_logits": {"epochs": 1}}],
+        goal={"best": "nonzeros", "limits": {"accuracy": "-5pt"}},
+        metrics=("accuracy",),
+    )
+    assert made.report.stages[0].verdict in ("kept", "weakened")
+    assert made.report.reached

@@ -1,11 +1,13 @@
 """`tersor inspect`: layers, parameters, sizes and sparsity."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor._cli_talk import colored, show, show_json, table, tell
 from tersor.core.errors import DependencyError, ModelError
+from tersor.core.sparsity import Structure
 
 if TYPE_CHECKING:
     from tersor._cli_tensors import Constant
@@ -111,6 +113,7 @@ def _layers(found: "Iterable[Constant]") -> list[dict[str, Any]]:
                 "bytes": sum(each.size_bytes for each in own),
                 "sparsity": _share(own),
                 "weight_sparsity": _share([largest]),
+                "structure": asdict(largest.structure),
             }
         )
     return rows
@@ -141,6 +144,7 @@ def _written(found: "Sequence[Constant]", layers: Sequence[Mapping[str, Any]]) -
             human(row["parameters"], "1"),
             human(row["bytes"], "B"),
             f"{100 * row['weight_sparsity']:.1f} %",
+            str(Structure(**row["structure"])),
         )
         for row in layers
     ]
@@ -154,6 +158,10 @@ def _written(found: "Sequence[Constant]", layers: Sequence[Mapping[str, Any]]) -
             human(totals["numbers"], "1"),
             human(totals["bytes"], "B"),
             f"{100 * totals['sparsity']:.1f} %",
+            "",
         )
     )
-    return table(("layer", "kind", "weight", "type", "numbers", "bytes", "zeros"), rows)
+    head = ("layer", "kind", "weight", "type", "numbers", "bytes", "zeros", "structure")
+    if any(row[-1] for row in rows):
+        return table(head, rows)
+    return table(head[:-1], [row[:-1] for row in rows])

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from tersor.core.errors import ModelError
+from tersor.core.sparsity import Structure, find_structure
 
 _IR = {"f32": "f4", "f16": "f2", "bf16": "bf16", "i8": "i1", "u8": "u1", "i32": "i4", "i64": "i8"}
 _SAFE = {"F32": "f4", "F16": "f2", "BF16": "bf16", "I8": "i1", "U8": "u1", "I32": "i4", "I64": "i8"}
@@ -42,6 +43,8 @@ class Constant:
     size_bytes: int
     zeros: int
     """Elements that are exactly 0."""
+    structure: Structure
+    """What the zeros of a matrix or kernel have in common."""
 
     @property
     def count(self) -> int:
@@ -65,6 +68,7 @@ def of_net(net: Any) -> list[Constant]:
         seen.add(key)
         layer = name.rpartition(".")[0]
         kind = type(modules[layer]).__name__ if layer in modules else ""
+        zero = (tensor == 0).cpu().numpy()
         found.append(
             Constant(
                 layer=layer or name,
@@ -72,7 +76,12 @@ def of_net(net: Any) -> list[Constant]:
                 shape=tuple(tensor.shape),
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 size_bytes=tensor.numel() * tensor.element_size(),
-                zeros=int((tensor == 0).sum()),
+                zeros=int(zero.sum()),
+                structure=find_structure(
+                    zero,
+                    input_axis=0 if "ConvTranspose" in kind else 1,
+                    rounded=not tensor.is_floating_point(),
+                ),
             )
         )
     return found
@@ -99,18 +108,37 @@ def of_file(file: Path) -> list[Constant]:
 def _of_onnx(model: Any) -> Iterator[Constant]:
     from onnx import numpy_helper
 
-    users = {name: node.op_type for node in model.graph.node for name in node.input}
+    users = {name: node for node in model.graph.node for name in node.input}
     for each in model.graph.initializer:
         array = numpy_helper.to_array(each)
+        zero = array == 0
         bits = 4 if "int4" in str(array.dtype) else 8 * array.dtype.itemsize
         yield Constant(
             layer=each.name,
-            kind=users.get(each.name, ""),
+            kind=users[each.name].op_type if each.name in users else "",
             shape=tuple(array.shape),
             dtype=str(array.dtype),
             size_bytes=-(-array.size * bits // 8),
-            zeros=int(np.count_nonzero(array == 0)),
+            zeros=int(np.count_nonzero(zero)),
+            structure=find_structure(
+                zero,
+                input_axis=_input_axis(users, each.name),
+                rounded=np.issubdtype(array.dtype, np.integer) or bits == 4,
+            ),
         )
+
+
+def _input_axis(users: Mapping[str, Any], name: str) -> int:
+    """Tell which dimension of a constant its user sums over."""
+    node = users.get(name)
+    while node is not None and node.op_type in ("DequantizeLinear", "Cast", "Identity"):
+        name = node.output[0]
+        node = users.get(name)
+    if node is None or node.op_type not in ("MatMul", "Gemm", "ConvTranspose"):
+        return 1
+    if node.op_type == "Gemm":
+        return int(next((a.i for a in node.attribute if a.name == "transB"), 0))
+    return 0 if list(node.input).index(name) == 1 else 1
 
 
 def _of_ir(file: Path) -> Iterator[Constant]:
@@ -147,16 +175,17 @@ def _of_safetensors(file: Path) -> Iterator[Constant]:
 
 
 def _constant(name: str, shape: tuple[int, ...], code: str, kind: str, raw: np.ndarray) -> Constant:
-    zeros = 0
+    zero = np.zeros(0, bool)
     if code == "bf16":  # +0 and -0
-        zeros = int(np.count_nonzero((raw.view(np.uint16) & 0x7FFF) == 0))
+        zero = (raw.view(np.uint16) & 0x7FFF) == 0
     elif code:
-        zeros = int(np.count_nonzero(raw.view(code) == 0))
+        zero = raw.view(code) == 0
     return Constant(
         layer=name,
         kind="",
         shape=shape,
         dtype=_NAMES.get(code, kind),
         size_bytes=len(raw),
-        zeros=zeros,
+        zeros=int(np.count_nonzero(zero)),
+        structure=find_structure(zero.reshape(shape) if code else zero, rounded=code[:1] in "iu"),
     )

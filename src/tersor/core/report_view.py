@@ -16,7 +16,16 @@ from tersor.core.report_words import (
     say,
 )
 
-COSTS = ("latency", "throughput", "size", "peak_memory", "parameters", "macs", "energy")
+COSTS = (
+    "latency",
+    "throughput",
+    "size",
+    "peak_memory",
+    "parameters",
+    "nonzeros",
+    "macs",
+    "energy",
+)
 _SPEED, _EXTENT = ("faster", "slower"), ("smaller", "larger")
 _WORDS = {
     "latency": _SPEED,
@@ -24,6 +33,7 @@ _WORDS = {
     "size": _EXTENT,
     "peak_memory": _EXTENT,
     "parameters": _EXTENT,
+    "nonzeros": _EXTENT,
     "macs": _EXTENT,
 }
 

@@ -65,11 +65,12 @@ def count_macs(model: Any, inputs: Arrays) -> int:
     return sum(_macs(node, shapes) for node in counted)
 
 
-def count_parameters(model: Any) -> int:
+def count_parameters(model: Any, *, zeros: bool = True) -> int:
     """Count the numbers of weights, biases and gains; metrics/parameters.py says what is not.
 
     Args:
         model: onnx.ModelProto.
+        zeros: Count numbers that are zero, too; packed ones all count.
     """
     import onnx
 
@@ -100,8 +101,14 @@ def count_parameters(model: Any) -> int:
         if name in packed:
             total += packed[name]
         elif name in codes or (name in weights and tensor.data_type in floats and len(tensor.dims)):
-            total += math.prod(tensor.dims)
+            total += math.prod(tensor.dims) if zeros else _nonzeros(tensor)
     return total
+
+
+def _nonzeros(tensor: Any) -> int:
+    from onnx import numpy_helper
+
+    return int((numpy_helper.to_array(tensor) != 0).sum())
 
 
 def _macs(node: Any, shapes: Mapping[str, Shape]) -> int:

@@ -29,10 +29,14 @@ def count(net: Any) -> int:
         from tersor.metrics import _onnx
 
         return _onnx.count_parameters(net)
+    return sum(tensor.numel() for tensor in parts(net))
+
+
+def parts(net: Any) -> list[Any]:
+    """List the tensors that count of a module or an exported program, each once."""
     codes = [
         buffer
         for name, buffer in net.named_buffers()
         if str(buffer.dtype) in _CODES and name.rpartition(".")[2] != "zero"
     ]
-    unique = {id(tensor): tensor for tensor in [*net.parameters(), *codes]}
-    return sum(tensor.numel() for tensor in unique.values())
+    return list({id(tensor): tensor for tensor in [*net.parameters(), *codes]}.values())
