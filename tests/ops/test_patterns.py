@@ -87,9 +87,14 @@ def test_layers_that_a_pattern_does_not_fit_are_named_with_what_fits() -> None:
     with pytest.raises(
         UnfitError,
         match=r"wanda: 2:4 needs input channels in multiples of 4, but 'stem' has 3, 'fc' has 10; "
-        r"use 2:3 \('stem' alone\), or leave out what does not fit: layers: \[\"!stem\", \"!fc\"\]",
+        r"leave out what does not fit: layers: \[\"!stem\", \"!fc\"\]",
     ):
         fitting(layers, (2, 4), "wanda")
+    same = {f"layer{i}": nn.Linear(24, 4) for i in range(7)}
+    with pytest.raises(UnfitError, match=r"'layer3' has 24 and 3 others; use 3:4$"):
+        fitting(same, (3, 5), "wanda")
+    with pytest.raises(UnfitError, match=r"'fc' has 10; no pattern of this N fits all of them$"):
+        fitting({"fc": layers["fc"]}, (10, 11), "wanda")
     kept, left = fitting({"fine": layers["fine"]}, (2, 4), "wanda")
     assert (list(kept), left) == (["fine"], {})
 

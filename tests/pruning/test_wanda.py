@@ -14,6 +14,7 @@ from tersor.core.errors import DataError, ModelError, RecipeError, StepError, Un
 from tersor.core.layers import Layers
 from tersor.core.model import Inputs
 from tersor.ops import masks
+from tersor.pruning.sparsegpt import Sparsegpt, sparsegpt
 from tersor.pruning.wanda import Wanda, wanda
 from tersor.quantization.weight_only import WeightOnly, weight_only
 from tests import networks
@@ -196,3 +197,37 @@ def test_networks_that_do_not_fit(tiny_context: Any) -> None:
         UnfitError, match=r"no layer of TinyTransformer can be pruned .'embed': its"
     ):
         wanda(rounded, Wanda(), tiny_context(net))
+
+
+def test_projections_of_attention_are_pruned_in_the_users_own_class(tiny_context: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return made
+
+    net = Net().eval()
+    x = torch.randn(6, 5, 16)
+    inputs = Inputs(example={"x": x}, dynamic={"x": {0: "batch"}})
+    context = tiny_context(net, inputs=inputs, data=Data(calibration=[{"x": x}]))
+    before = net.attention.in_proj_weight.detach().clone()
+    made = wanda(net, Wanda(), context)
+    assert made is net
+    found = net.attention.in_proj_weight.detach().numpy()
+    wanted = reference(before.numpy(), x.flatten(0, 1).numpy(), 0.5)
+    assert np.array_equal(found, wanted.astype(np.float32))
+    assert ((net.attention.out_proj.weight == 0).sum(1) == 8).all()
+
+
+def test_weights_of_another_float_type_keep_it(tiny_context: Any) -> None:
+    net, x, context = two(tiny_context)
+    net, x = net.bfloat16(), x.bfloat16()
+    inputs = Inputs(example={"x": x[:4]}, dynamic={"x": {0: "batch"}})
+    context = replace(context, inputs=inputs, data=Data(calibration=[{"x": x}]))
+    for apply, config in ((wanda, Wanda()), (sparsegpt, Sparsegpt(pattern="2:4"))):
+        made: Any = apply(copy.deepcopy(net), config, context)  # type: ignore[operator]  # of its own config
+        assert made.first.weight.dtype is torch.bfloat16
+        assert int((made.first.weight == 0).sum()) == 12 * 8

@@ -1,5 +1,7 @@
 """Which weights stay: a share of each row, or N of every M neighboring input channels."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from tersor.ops.matrices import input_channels
 
 # G groups of a layer, R rows: outputs, C columns: inputs (ops/matrices.py)
 
+_TOLD = 4
+"""So many layers are named in an error."""
 Pattern = tuple[int, int]
 """(N, M): N of every M weights may be other than zero."""
 
@@ -95,7 +99,7 @@ def fitting(
         (name -> layer, name -> why it is left as it is).
 
     Raises:
-        UnfitError: M does not divide the input channels of a layer; names all of them.
+        UnfitError: M does not divide the input channels of a layer; says what fits.
     """
     n, m = pattern
     left = {
@@ -106,15 +110,21 @@ def fitting(
     kept = {name: layer for name, layer in chosen.items() if name not in left}
     wrong = {name: c for name, layer in kept.items() if (c := input_channels(layer)) % m}
     if wrong:
-        name, channels = next(iter(wrong.items()))
-        told = ", ".join(f"{name!r} has {channels}" for name, channels in wrong.items())
-        excluded = ", ".join(f'"!{name}"' for name in wrong)
-        divisors = [d for d in range(n + 1, channels + 1) if channels % d == 0]
-        nearest = min(divisors, key=lambda d: (abs(d - m), d), default=None)
-        use = f"use {n}:{nearest} ({name!r} alone), or " if nearest else ""
+        told = ", ".join(
+            f"{name!r} has {channels}" for name, channels in list(wrong.items())[:_TOLD]
+        )
+        more = f" and {len(wrong) - _TOLD} others" if len(wrong) > _TOLD else ""
+        ways = []
+        every = math.gcd(*(input_channels(layer) for layer in kept.values()))
+        divisors = [d for d in range(n + 1, every + 1) if every % d == 0]
+        if divisors:
+            ways.append(f"use {n}:{min(divisors, key=lambda d: (abs(d - m), d))}")
+        if len(wrong) < len(kept):
+            excluded = ", ".join(f'"!{name}"' for name in wrong)
+            ways.append(f"leave out what does not fit: layers: [{excluded}]")
         raise UnfitError(
-            f"{technique}: {n}:{m} needs input channels in multiples of {m}, but {told}; {use}"
-            f"leave out what does not fit: layers: [{excluded}]"
+            f"{technique}: {n}:{m} needs input channels in multiples of {m}, but {told}{more}; "
+            f"{', or '.join(ways) or 'no pattern of this N fits all of them'}"
         )
     if not kept:
         raise UnfitError(f"{technique}: every chosen layer has one input channel; nothing to do")
