@@ -66,13 +66,12 @@ def test_what_is_held_does_not_grow_with_depth() -> None:
         names = [f"layers.{i}" for i in range(depth)]
         counts = []
         for _ in layer_by_layer(graph, names, [batch]):
-            gc.collect()
             held = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (37, WIDTH)]
             counts.append(len({t.data_ptr() for t in held}))
             del held  # or it would hold what it counts
         return max(counts)
 
-    assert most(12) == most(3) <= 2
+    assert most(6) == most(2) <= 2
 
 
 def test_carried_bytes_counts_what_is_alive_at_a_layer() -> None:
