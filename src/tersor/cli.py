@@ -12,6 +12,7 @@ VERBS = (
     "measure",
     "compare",
     "explain",
+    "profile",
     "run",
     "list",
     "show",
@@ -332,6 +333,38 @@ def explain(
         weights=weights,
         partial=partial,
         as_json=json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
+    short_help="from how many zeros on are layers faster sparse here",
+    epilog=_example("tersor profile --sparsity --shapes 256x256 --threads 1"),
+)
+def profile(
+    sparsity: Annotated[
+        bool, _option("--sparsity", None, "time layers sparse and dense, by their zeros")
+    ] = False,
+    shapes: Annotated[
+        str | None,
+        _option("--shapes", "LIST", "such as 1024x1024,64x64k3@32: in x out, kernel @ image"),
+    ] = None,
+    batch: Batch = 1,
+    threads: Threads = None,
+    out: Annotated[Path | None, _option("--out", "FILE.html", "write the picture, too")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Profile this machine: from which share of zeros on is sparse execution faster?
+
+    Layers are timed sparse and by every dense kernel that is installed, interleaved. The step
+    sparse_execution uses what was found.
+    """
+    from tersor import _cli_profile
+
+    del debug
+    code = _cli_profile.profile(
+        sparsity=sparsity, shapes=shapes, batch=batch, threads=threads, out=out, as_json=json
     )
     raise typer.Exit(code)
 

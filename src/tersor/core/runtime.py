@@ -88,6 +88,8 @@ class Runtime:
     """Run the batches and tell where the time went; None: the runtime has no such means."""
     options: tuple[str, ...] = ("threads",)
     """Names allowed in `Target.options`."""
+    own_operators: bool = False
+    """Whether it runs operators that only tersor has: sparse products."""
     to_export: tuple[str, ...] = ()
     """Packages that `export` imports, by import name."""
     to_run: tuple[str, ...] = ()

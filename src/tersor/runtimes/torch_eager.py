@@ -37,6 +37,7 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     options=("threads", "precision"),
+    own_operators=True,
     to_export=("torch", "safetensors"),
     to_run=("torch", "safetensors"),
 )

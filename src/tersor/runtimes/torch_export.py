@@ -39,6 +39,7 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     options=("threads", "precision"),
+    own_operators=True,
     to_export=("torch",),
     to_run=("torch",),
 )
