@@ -52,7 +52,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 ifeq ($(wildcard $(SHARED)/workloads),)
-	@echo 'skipped aa.py, agreement.py, explain_int8.py, mixed_precision.py, quantization_peers.py and repair.py: they need the shared data (set TERSOR_SHARED)'
+	@echo 'skipped aa.py, agreement.py, explain_int8.py, mixed_precision.py, quantization_peers.py, repair.py and sparse.py: they need the shared data (set TERSOR_SHARED)'
 else
 	$(BIN)/python benchmarks/aa.py $(SHARED)/workloads/cifar.py:resnet20 --data $(SHARED)/workloads/cifar.py:data
 	$(BIN)/python benchmarks/quantization_peers.py
@@ -60,6 +60,7 @@ else
 	$(BIN)/python benchmarks/explain_int8.py
 	$(BIN)/python benchmarks/agreement.py
 	$(BIN)/python benchmarks/repair.py
+	$(BIN)/python benchmarks/sparse.py
 endif
 
 clean:

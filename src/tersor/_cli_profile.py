@@ -30,8 +30,11 @@ def profile(
         raise RecipeError(f"--out {str(out)!r}: the folder does not exist")
     from tersor import profiler
 
+    wanted = profiler.SHAPES if shapes is None else tuple(w for w in shapes.split(",") if w)
+    if not wanted:
+        raise RecipeError("--shapes names no layer; give some, such as 1024x1024,64x64k3@32")
     found = profiler.sparsity(
-        profiler.SHAPES if shapes is None else [word for word in shapes.split(",") if word],
+        wanted,
         batch=batch,
         threads=threads or 0,
         display=Progress(),
@@ -56,7 +59,7 @@ def _table(found: "Sparsity") -> tuple[Sequence[str], Sequence[Sequence[str]]]:
     from tersor.core.report_words import human, ratio_digits
     from tersor.core.sparsity_page import even_words
 
-    zeros = [race.zeros for race in found.layers[0].races] if found.layers else []
+    zeros = [race.zeros for race in found.layers[0].races]
     head = ("layer", "best dense", *(f"{z:g} %" for z in zeros), "faster from")
     rows = []
     for layer in found.layers:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 WIDTH, HEIGHT = 880, 470
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 250, 34, 52
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 230, 34, 52
 _LABEL_STEP = 17.0
 COLORS = 8
 """Lines that look different; more begin again."""
@@ -160,6 +160,12 @@ def _text(kind: str, x: float | str, y: float | str, words: str, anchor: str) ->
 
 _LINES = ("#0b6bcb", "#c2410c", "#1a7f37", "#8250df", "#9a6700", "#0e7490", "#bf3989", "#57606a")
 _DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+
+
+def _dash(number: int) -> str:
+    return f"stroke-dasharray: {_DASHES[number % len(_DASHES)]};"
+
+
 STYLE = "\n".join(
     [
         ".curve polyline { fill: none; stroke: var(--own); stroke-width: 1.8; }",
@@ -170,13 +176,38 @@ STYLE = "\n".join(
         ".curve .name { fill: currentColor; font-size: 12px; }",
         ".curve:hover polyline, .curve:focus polyline { stroke-width: 3.5; }",
         *(
-            f".c{i} {{ --own: {color}; }} "
-            f".c{i} polyline {{ stroke-dasharray: {_DASHES[i % len(_DASHES)]}; }}"
+            f".c{i} {{ --own: {color}; }} .c{i} polyline {{ {_dash(i)} }}"
             for i, color in enumerate(_LINES)
         ),
     ]
 )
 """What the curves need beside the report's style sheet."""
+
+
+_ALONE = """
+text { font-family: system-ui, sans-serif; fill: #1b1f24; }
+.back { fill: #fff; } .grid { stroke: #d8dee4; } .axis { stroke: #57606a; }
+.tick { font-size: 12px; fill: #57606a; } .label { font-size: 13px; }
+.bound { stroke: #a4333a; stroke-dasharray: 7 4; }
+"""
+
+
+def picture(curves: Sequence[Curve]) -> str:
+    """Write the picture as an SVG file of its own, on white."""
+    inside = draw(curves).partition(">")[2]
+    # variables of CSS are not known to every program that shows pictures
+    style = _ALONE + "\n".join(
+        rule.replace(".curve", f".c{i}").replace("var(--own)", color)
+        for i, color in enumerate(_LINES[: len(curves)])
+        for rule in STYLE.splitlines()
+        if rule.startswith(".curve") and ":hover" not in rule
+    )
+    dashes = "\n".join(f".c{i} polyline {{ {_dash(i)} }}" for i in range(len(_LINES)))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        f'viewBox="0 0 {WIDTH} {HEIGHT}">\n<style>{style}\n{dashes}</style>\n'
+        f'<rect class="back" width="{WIDTH}" height="{HEIGHT}"/>{inside}\n'
+    )
 
 
 def page(

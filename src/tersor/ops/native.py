@@ -24,6 +24,7 @@ _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC")
 # the second is how Arm spells it; the last builds for any processor of the kind
 _TUNED: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
 _TIMEOUT_S = 120
+_MOST_KEPT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,13 @@ def build() -> Build:
         return _compiled(compiler, name)
     except OSError as error:
         return Build(library=None, note=f"cannot be built or loaded: {error}")
+
+
+def trim(folder: Path, pattern: str) -> None:
+    """Remove all but the newest few files of a kind: those of old versions and other machines."""
+    kept = sorted(folder.glob(pattern), key=lambda file: file.stat().st_mtime)
+    for file in kept[: -_MOST_KEPT + 1]:
+        file.unlink(missing_ok=True)
 
 
 def _built_for() -> str:
@@ -119,6 +127,9 @@ def _compiled(compiler: str, name: str) -> Build:
 def _keep(data: bytes, name: str) -> Path:
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _others_may_write(folder):
+        raise OSError(f"others may write to {folder}")
+    trim(folder, "sparse-*.so")
     file = folder / f"{name}-{hashlib.sha256(data).hexdigest()[:32]}.so"
     files.replace_file(file, data)
     file.chmod(0o600)

@@ -8,6 +8,7 @@ weight stops a NaN or an infinity, which a multiplication by zero would pass on 
 
 import ctypes
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -197,9 +198,10 @@ def _checked(
 
 
 def _csr(values: Tensor, columns: Tensor, ends: Tensor, inputs: int) -> Tensor:
-    made: Tensor = torch.sparse_csr_tensor(
-        ends, columns.int(), values, (ends.numel() - 1, inputs), check_invariants=False
-    )
+    with warnings.catch_warnings(action="ignore"):  # torch calls its own class a beta
+        made: Tensor = torch.sparse_csr_tensor(
+            ends, columns.int(), values, (ends.numel() - 1, inputs), check_invariants=False
+        )
     return made
 
 

@@ -153,7 +153,7 @@ def break_even(races: Sequence[Race]) -> float | None:
 class Races:
     """The races of this machine, kept between runs.
 
-    The file belongs to a processor, the versions of the packages and our kernel; a damaged one is
+    A file belongs to a processor, the versions of the packages and our kernel; a damaged one is
     made anew. Kept are races whose verdict more time would not change.
     """
 
@@ -199,6 +199,8 @@ class Races:
         plain = {"schema": _SCHEMA, "races": to_plain(list(rows.values())[-_MOST_KEPT:])}
         with contextlib.suppress(OSError):  # no room, no folder: measured again next time
             self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.file.exists():
+                native.trim(self.file.parent, "sparse-races-*.json")
             files.replace_file(self.file, json.dumps(plain).encode())
 
 

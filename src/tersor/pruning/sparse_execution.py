@@ -20,7 +20,7 @@ from tersor.ops.sparse import padding_of, sparse, why_dense
 from tersor.ops.sparse_race import Races, Shape, decide
 
 _TOLD = 4
-"""Layers named in an error."""
+"""Reasons in an error, and layers of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +77,24 @@ def sparse_execution(net: nn.Module, config: SparseExecution, context: Context) 
     check_patterns(config.layers, list(layers))
     plan = _plan(layers, calls, config, context)
     if not plan.chosen:
-        told = [f"{name}: {reason}" for name, reason in plan.dense.items()]
-        more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
-        raise UnfitError(
-            "all layers stay dense ("
-            + ("; ".join(told[:_TOLD]) + more if told else "none is linear or a convolution")
-            + ")"
-        )
+        told = _grouped(plan.dense) or "none is linear or a convolution"
+        raise UnfitError(f"all layers stay dense ({told})")
     for name in plan.chosen:
         captured.set_submodule(name, sparse(layers[name]))
     context.record(layers=plan.facts, dense=plan.dense)
     return captured
+
+
+def _grouped(reasons: Mapping[str, str]) -> str:
+    """Tell each reason once, with the layers that it is for."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name)
+    told = [
+        f"{', '.join(names[:_TOLD])}{' ...' if len(names) > _TOLD else ''}: {reason}"
+        for reason, names in layers.items()
+    ]
+    return "; ".join(told[:_TOLD]) + (f"; {len(told) - _TOLD} more" if len(told) > _TOLD else "")
 
 
 def _check_target(context: Context) -> None:
