@@ -3,9 +3,9 @@
     python docs/tables.py [--check]
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
-compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`, `sparse`,
-`break_even`, `aa` or `startup`. No figure in it is typed by hand. `--check` changes nothing and exits with 1 where a page
-is not up to date.
+compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`,
+`sparse`, `break_even`, `candidates`, `aa` or `startup`. No figure in it is typed by hand. `--check`
+changes nothing and exits with 1 where a page is not up to date.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "explain": explained,
         "sparse": sparse,
         "break_even": break_even,
+        "candidates": candidates,
         "aa": self_check,
         "startup": startup,
     }
@@ -277,6 +278,23 @@ def break_even(chinese: bool) -> str:
             )
         rows.append([layers[0]["name"], *cells])
     return table(head, rows) + busy(raw["break_even"]["warnings"])
+
+
+def candidates(chinese: bool) -> str:
+    """One row a way to execute a layer, by its zeros."""
+    del chinese
+    raw = stored("sparse")
+    if raw is None or "candidates" not in raw:
+        return ""
+    rows = raw["candidates"]["rows"]
+    zeros = sorted({r["zeros"] for r in rows})
+    head = ["way", *(f"{z} % zeros" for z in zeros)]
+    cells: dict[str, list[str]] = {}
+    for r in sorted(rows, key=lambda r: r["zeros"]):
+        ratio = "{times:.2f}x [{low:.2f}, {high:.2f}]".format(**r)
+        cells.setdefault(r["way"], []).append(f"{r['ms']:.3f} ms, {ratio}")
+    made = [[way, *shown] for way, shown in cells.items()]
+    return table(head, made) + busy(raw["candidates"]["warnings"])
 
 
 def break_even_picture() -> str:
