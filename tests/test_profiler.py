@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tersor.core.errors import RecipeError
+from tersor.ops import native
 from tersor.profiler import read_shape
 from tests.command import failing, talk
 
@@ -57,6 +58,19 @@ def test_a_layer_is_measured_and_shown(
     assert row.startswith("12x10 ")
     assert "12x10" in (tmp_path / "x.html").read_text()
     assert list((tmp_path / "tersor").glob("sparse-races-*.json"))
+
+
+def test_doctor_says_what_executes_sparse_layers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = talk(capsys, "doctor", "--json")
+    found = json.loads(out)["sparse_kernel"]
+    assert found == {"built": native.build().library is not None, "note": native.build().note}
+    none = native.Build(library=None, note="no C compiler here: install gcc or clang")
+    monkeypatch.setattr(native, "build", lambda: none)
+    _, out, _ = talk(capsys, "doctor")
+    wanted = "sparse kernel  none, sparse layers run on torch's, which seldom pays: no C compiler"
+    assert wanted in out
 
 
 @pytest.mark.slow

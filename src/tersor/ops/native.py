@@ -107,9 +107,13 @@ def _compiled(compiler: str, name: str) -> Build:
         said = ""
         for tuned in _TUNED:
             command = [compiler, *_FLAGS, *tuned, "-o", str(made), str(SOURCE)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+                )
+            except subprocess.TimeoutExpired:
+                said = f"not done after {_TIMEOUT_S} s"
+                continue
             if done.returncode == 0:
                 break
             said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0][:200]
