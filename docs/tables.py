@@ -235,6 +235,8 @@ def sparse(chinese: bool) -> str:
         return ""
     head = ["network", "zeros", "runtime", "ONNX Runtime, dense", "ours"]
     head += ["times as fast, 95 %", "layers executed sparse", "verdict"]
+    from tersor.core.report_words import human
+
     rows = []
     for network in ("mlp", "gpt"):
         for r in raw.get(network, {}).get("rows", ()):
@@ -246,8 +248,8 @@ def sparse(chinese: bool) -> str:
                     network,
                     r["zeros"],
                     r["runtime"],
-                    f"{c['a_ms']:.3g} ms",
-                    f"{c['b_ms']:.3g} ms",
+                    human(c["a_ms"], "ms"),
+                    human(c["b_ms"], "ms"),
                     f"{c['speedup']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]",
                     "none" if count is None else f"{len(won)} of {count}",
                     f"{r['verdict']}: {r['reason']}",
