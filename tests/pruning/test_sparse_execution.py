@@ -172,3 +172,28 @@ def test_projections_of_attention_and_positions(raced: list[Any], tiny_context: 
     context = on(tiny_context(net), batch=2)
     with pytest.raises(UnfitError, match="fc1: linear 32 -> 64 on 8 positions, batch 2: slower"):
         sparse_execution(net, SparseExecution(layers=Layers(patterns=("fc1",))), context)
+
+
+@pytest.mark.slow
+def test_the_pipeline_keeps_a_network_dense_and_says_why(raced: list[Any], tmp_path: Path) -> None:
+    from tersor.core.goal import Goal
+    from tersor.core.model import Model
+    from tersor.core.recipe import Recipe
+    from tersor.pipeline import compress
+
+    net = networks.sparse_cnn(0.7)
+    artifact = compress(
+        Model(net=net, form="module", origin="test"),
+        Recipe(
+            stages=((SparseExecution(),),),
+            target=Target(runtime="torch_eager", options={"threads": 1}),
+            goal=Goal(best="latency"),
+        ),
+        data=networks.data(),
+        out=tmp_path / "out",
+        metrics=("latency",),
+    )
+    (stage,) = artifact.report.stages
+    assert stage.verdict == "dropped"
+    assert stage.reason.startswith("cannot be applied: all layers stay dense (")
+    assert "slower at 6" in stage.reason or "slower at 7" in stage.reason

@@ -154,12 +154,14 @@ class Races:
     """The races of this machine, kept between runs.
 
     A file belongs to a processor, the versions of the packages and our kernel; a damaged one is
-    made anew. Kept are races whose verdict more time would not change.
+    made anew. Kept are races whose verdict more time would not change; within one run all of them
+    are, so that layers of one shape have one fate.
     """
 
     def __init__(self, *, fresh: bool = False) -> None:
         self.file = native.cache_folder() / f"sparse-races-{_machine()}.json"
         self.fresh = fresh
+        self.measured: dict[str, Race] = {}
 
     def run(self, shape: Shape, zeros: Sequence[float], threads: int) -> list[Race]:
         """Return a race for each percent of zeros, measured where it is not known.
@@ -170,12 +172,13 @@ class Races:
             threads: Of a run; 0: all usable cores.
         """
         threads = threads or usable_cores()
-        known = {} if self.fresh else self._read()
+        known = {**({} if self.fresh else self._read()), **self.measured}
         found = {z: known.get(_key(shape, z, threads)) for z in zeros}
         missing = [z for z, race in found.items() if race is None]
         if missing:
             measured = race(shape, missing, threads)
             found.update(zip(missing, measured, strict=True))
+            self.measured.update((_key(r.shape, r.zeros, r.threads), r) for r in measured)
             self._keep(measured)
         return [r for z in zeros if (r := found[z]) is not None]
 
