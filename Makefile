@@ -52,7 +52,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 ifeq ($(wildcard $(SHARED)/workloads),)
-	@echo 'skipped aa.py, agreement.py, explain_int8.py, mixed_precision.py, quantization_peers.py, repair.py and unstructured.py: they need the shared data (set TERSOR_SHARED)'
+	@echo 'skipped aa.py, agreement.py, explain_int8.py, mixed_precision.py, oneshot.py, pruning_coverage.py, pruning_peers.py, quantization_peers.py, repair.py, sparse.py and unstructured.py: they need the shared data (set TERSOR_SHARED)'
 else
 	$(BIN)/python benchmarks/aa.py $(SHARED)/workloads/cifar.py:resnet20 --data $(SHARED)/workloads/cifar.py:data
 	$(BIN)/python benchmarks/quantization_peers.py
@@ -61,6 +61,10 @@ else
 	$(BIN)/python benchmarks/agreement.py
 	$(BIN)/python benchmarks/repair.py
 	$(BIN)/python benchmarks/unstructured.py
+	$(BIN)/python benchmarks/oneshot.py
+	$(BIN)/python benchmarks/sparse.py
+	$(BIN)/python benchmarks/pruning_coverage.py
+	$(BIN)/python benchmarks/pruning_peers.py
 endif
 
 clean:

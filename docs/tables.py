@@ -3,8 +3,9 @@
     python docs/tables.py [--check]
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
-compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`, `aa`,
-`startup`, `pruned`, `ways` (of pruning) or `oneshot`. No figure in it is typed by hand. `--check`
+compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`,
+`sparse`, `break_even`, `candidates`, `aa`, `startup`, `pruned`, `ways` (of pruning), `oneshot`,
+`structured` or `coverage`. No figure in it is typed by hand. `--check`
 changes nothing and exits with 1 where a page is not up to date.
 """
 
@@ -24,6 +25,7 @@ PAGES = (
     "docs/measuring.md",
     "docs/results.md",
     "docs/why-int8-pays.md",
+    "docs/sparse-execution.md",
 )
 Plain = Mapping[str, Any]
 
@@ -43,6 +45,13 @@ def main() -> int:
             stale = 1
         elif new != old:
             page.write_text(new, encoding="utf-8")
+    place, drawn = ROOT / "docs" / "sparse-break-even.svg", break_even_picture()
+    if drawn and (not place.exists() or place.read_text(encoding="utf-8") != drawn):
+        if check:
+            print(f"{place.name} is not up to date; run: python docs/tables.py", file=sys.stderr)
+            stale = 1
+        else:
+            place.write_text(drawn, encoding="utf-8")
     return stale
 
 
@@ -56,6 +65,9 @@ def rendered(text: str, *, chinese: bool) -> str:
         "mixed": mixed,
         "agreement": agreement,
         "explain": explained,
+        "sparse": sparse,
+        "break_even": break_even,
+        "candidates": candidates,
         "aa": self_check,
         "startup": startup,
         "pruned": pruned,
@@ -290,6 +302,109 @@ def explained(chinese: bool) -> str:
             ]
         )
     return table(head, rows)
+
+
+def sparse(chinese: bool) -> str:
+    """One row a network with zeros on a runtime, against ONNX Runtime's dense fp32."""
+    del chinese
+    raw = stored("sparse")
+    if raw is None:
+        return ""
+    head = ["network", "zeros", "runtime", "ONNX Runtime, dense", "ours"]
+    head += ["times as fast, 95 %", "layers executed sparse", "verdict"]
+    from tersor.core.report_words import human
+
+    rows = []
+    for network in ("mlp", "gpt"):
+        for r in raw.get(network, {}).get("rows", ()):
+            c = r["comparison"]
+            won = [n for n, f in r["layers"].items() if f.get("executed") == "sparse"]
+            count = len(won) + len(r["dense"]) if r["layers"] else None
+            rows.append(
+                [
+                    network,
+                    r["zeros"],
+                    r["runtime"],
+                    human(c["a_ms"], "ms"),
+                    human(c["b_ms"], "ms"),
+                    f"{c['speedup']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]",
+                    "none" if count is None else f"{len(won)} of {count}",
+                    f"{r['verdict']}: {r['reason']}",
+                ]
+            )
+    return table(head, rows) + busy(raw["mlp"]["warnings"])
+
+
+def break_even(chinese: bool) -> str:
+    """One row a layer: from which share of zeros it is faster sparse, by batch."""
+    del chinese
+    raw = stored("sparse")
+    if raw is None or "break_even" not in raw:
+        return ""
+    from tersor.core.sparsity_page import even_words
+
+    profiles = raw["break_even"]["rows"]
+    head = ["layer", *(f"faster from, batch {p['batch']}" for p in profiles)]
+    head += [f"at 90 %, batch {p['batch']}" for p in profiles]
+    rows = []
+    for layers in zip(*(p["layers"] for p in profiles), strict=True):
+        cells = [even_words(curve(layer)) for layer in layers]
+        for layer in layers:
+            (race,) = [r for r in layer["races"] if r["zeros"] == 90]
+            best = min(race["against"].items(), key=lambda item: item[1]["dense_ms"])
+            cells.append(
+                "{times:.2f}x [{low:.2f}, {high:.2f}]".format(**best[1]) + f" of {best[0]}"
+            )
+        rows.append([layers[0]["name"], *cells])
+    return table(head, rows) + busy(raw["break_even"]["warnings"])
+
+
+def candidates(chinese: bool) -> str:
+    """One row a way to execute a layer, by its zeros."""
+    del chinese
+    raw = stored("sparse")
+    if raw is None or "candidates" not in raw:
+        return ""
+    rows = raw["candidates"]["rows"]
+    zeros = sorted({r["zeros"] for r in rows})
+    head = ["way", *(f"{z} % zeros" for z in zeros)]
+    cells: dict[str, list[str]] = {}
+    for r in sorted(rows, key=lambda r: r["zeros"]):
+        ratio = "{times:.2f}x [{low:.2f}, {high:.2f}]".format(**r)
+        cells.setdefault(r["way"], []).append(f"{r['ms']:.3f} ms, {ratio}")
+    made = [[way, *shown] for way, shown in cells.items()]
+    return table(head, made) + busy(raw["candidates"]["warnings"])
+
+
+def break_even_picture() -> str:
+    """Draw the stored profile at batch 8."""
+    raw = stored("sparse")
+    if raw is None or "break_even" not in raw:
+        return ""
+    from tersor.core.sparsity_page import picture
+
+    (profile,) = [p for p in raw["break_even"]["rows"] if p["batch"] == 8]
+    return picture([curve(layer) for layer in profile["layers"]])
+
+
+def curve(layer: Plain) -> Any:
+    """Return one line of the picture."""
+    from tersor.core.sparsity_page import Curve
+
+    best = [min(r["against"].values(), key=lambda s: s["dense_ms"]) for r in layer["races"]]
+    return Curve(
+        label=layer["name"],
+        zeros=tuple(r["zeros"] for r in layer["races"]),
+        times=tuple(s["times"] for s in best),
+        low=tuple(s["low"] for s in best),
+        high=tuple(s["high"] for s in best),
+        break_even=layer["break_even"],
+    )
+
+
+def busy(warnings: list[str]) -> str:
+    """Say what made the machine doubtful for timing."""
+    return "".join(f"\nWhile measuring, {warning}.\n" for warning in warnings)
 
 
 def row(file: Path, raw: Plain) -> list[str]:

@@ -111,6 +111,16 @@ def tiny_cnn(width: int = 8, trained: bool = True) -> nn.Module:
     return _train(TinyCnn(width), f"cnn{width}") if trained else TinyCnn(width).eval()
 
 
+def sparse_cnn(zeros: float = 0.9) -> nn.Module:
+    """The residual CNN with that share of each layer's weights, the smallest, set to zero."""
+    net = tiny_cnn()
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            weight = layer.weight.data.view(-1)
+            weight[weight.abs().argsort()[: int(zeros * weight.numel())]] = 0
+    return net
+
+
 def tiny_transformer(trained: bool = True) -> nn.Module:
     torch.manual_seed(0)
     return _train(TinyTransformer(), "transformer") if trained else TinyTransformer().eval()

@@ -7,6 +7,7 @@ from typing import Any
 from tersor._cli_talk import colored, paragraph, show, show_json, table
 from tersor.core import plugins
 from tersor.core.hardware import Machine, environment, preflight, probe
+from tersor.ops import native
 
 _PACKAGES = ("torch", "onnxruntime", "onnx", "openvino", "safetensors", "scikit-learn", "pillow")
 _IMPORTS = {"scikit-learn": "sklearn", "pillow": "PIL"}
@@ -21,6 +22,7 @@ def doctor(*, as_json: bool) -> int:
     machine = probe()
     packages = [_package(name) for name in _PACKAGES]
     findings = [*_findings(), *preflight(machine)]
+    kernel = native.build()
     if as_json:
         show_json(
             {
@@ -28,10 +30,11 @@ def doctor(*, as_json: bool) -> int:
                 "extras": packages,
                 "findings": findings,
                 "usable_cores": machine.usable,
+                "sparse_kernel": {"built": kernel.library is not None, "note": kernel.note},
             }
         )
         return 1 if findings else 0
-    show(table(("machine", ""), _machine(machine)))
+    show(table(("machine", ""), [*_machine(machine), ("sparse kernel", _sparse(kernel))]))
     show()
     rows = [
         (p["name"], p["version"] or colored("missing"), p["install"] or "", ", ".join(p["for"]))
@@ -107,6 +110,13 @@ def _machine(machine: Machine) -> Sequence[tuple[str, str]]:
         ("memory", f"{memory}{free}"),
         ("load average", load),
     ]
+
+
+def _sparse(kernel: native.Build) -> str:
+    """Say what executes sparse layers."""
+    if kernel.library is not None:
+        return kernel.note
+    return f"none, sparse layers run on torch's, which seldom pays: {kernel.note}"
 
 
 def _int8(flags: Sequence[str]) -> str:

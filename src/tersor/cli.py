@@ -1,10 +1,29 @@
 """The command line: parses words, nothing else. What a verb does is in `_cli_*.py`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from tersor._cli_options import (
+    BATCH,
+    DATA,
+    Batch,
+    Data,
+    Debug,
+    Json,
+    Model,
+    Partial,
+    Resume,
+    Subject,
+    Target,
+    Threads,
+    Weights,
+    argument,
+    example,
+    names,
+    option,
+)
 from tersor._cli_talk import KINDS
 
 VERBS = (
@@ -12,6 +31,7 @@ VERBS = (
     "measure",
     "compare",
     "explain",
+    "profile",
     "run",
     "list",
     "show",
@@ -21,70 +41,16 @@ VERBS = (
 )
 
 
-def _example(*lines: str) -> str:
-    """End a help text with lines to paste, which are not wrapped."""
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
-
-
 app: typer.Typer = typer.Typer(
     name="tersor",
     help="Make a trained neural network smaller and faster for a named target, inside your limits, "
     "with a measured verdict on every step.",
-    epilog=_example("tersor demo"),
+    epilog=example("tersor demo"),
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _names(kind: str) -> list[str]:
-    from tersor.core import plugins
-    from tersor.core.recipe import recipes
-
-    if kind == "any":
-        return sorted({name for each in KINDS for name in _names(each)})
-    return recipes() if kind == "recipes" else list(plugins.names(kind))
-
-
-def _option(
-    name: str, metavar: str | None, help: str, *, complete: str = "", after: str = "", **more: Any
-) -> Any:
-    """Describe an option; `complete` is the kind of names a shell offers, each with `after`."""
-
-    def completion(incomplete: str) -> list[str]:
-        return [f"{name}{after}" for name in _names(complete) if name.startswith(incomplete)]
-
-    if complete:
-        more["autocompletion"] = completion
-    return typer.Option(name, metavar=metavar, help=help, **more)
-
-
-def _argument(metavar: str, help: str, **more: Any) -> Any:
-    return typer.Argument(metavar=metavar, help=help, show_default=False, **more)
-
-
-_DATA = "digits, arrays:FILE.npz, images:FOLDER or FILE.py:FUNCTION"
-_SUBJECT = "a network, or a folder that compress made"
-_THREADS = "of the target; 0: all usable cores"
-_BATCH = "samples in a timed batch"
-
-Model = Annotated[str, _argument("MODEL", "FILE.py:FACTORY, MODULE:FACTORY, x.onnx or x.pt2")]
-Subject = Annotated[str, _argument("MODEL|ARTIFACT", _SUBJECT)]
-Data = Annotated[str | None, _option("--data", "DATA", _DATA)]
-Target = Annotated[
-    str | None,
-    _option("--target", "RUNTIME[:DEVICE]", "such as onnxruntime:cpu", complete="runtimes"),
-]
-Threads = Annotated[int | None, _option("--threads", "N", _THREADS, min=0)]
-Batch = Annotated[int, _option("--batch", "N", _BATCH, min=1, show_default=True)]
-Weights = Annotated[
-    Path | None, _option("--weights", "FILE", "a .safetensors file for the network")
-]
-Partial = Annotated[bool, _option("--partial", None, "load the weights that fit, say what did not")]
-Resume = Annotated[bool, _option("--resume", None, "go on with a run that was interrupted")]
-Json = Annotated[bool, _option("--json", None, "one JSON document on stdout")]
-Debug = Annotated[bool, _option("--debug", None, "show the traceback of an error")]
 
 
 def _version(wanted: bool) -> None:
@@ -106,23 +72,23 @@ def top(
 
 @app.command(
     short_help="compress a network, keeping only the steps that pay",
-    epilog=_example("tersor compress tersor.demo.network:trained --data digits --recipe demo"),
+    epilog=example("tersor compress tersor.demo.network:trained --data digits --recipe demo"),
 )
 def compress(
     context: typer.Context,
     model: Model,
-    data: Annotated[str, _option("--data", "DATA", _DATA)],
+    data: Annotated[str, option("--data", "DATA", DATA)],
     recipe: Annotated[
         str | None,
-        _option("--recipe", "NAME|FILE", "what to do: `tersor list recipes`", complete="recipes"),
+        option("--recipe", "NAME|FILE", "what to do: `tersor list recipes`", complete="recipes"),
     ] = None,
     target: Target = None,
     best: Annotated[
-        str | None, _option("--best", "METRIC", "what to improve: latency", complete="metrics")
+        str | None, option("--best", "METRIC", "what to improve: latency", complete="metrics")
     ] = None,
     limit: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--limit",
             "METRIC=LIMIT",
             "-1pt, -1%, 25%, '3 ms', '2 MB' (repeatable)",
@@ -132,35 +98,33 @@ def compress(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        _option("--metric", "NAME", "measure this, too (repeatable)", complete="metrics"),
+        option("--metric", "NAME", "measure this, too (repeatable)", complete="metrics"),
     ] = None,
-    out: Annotated[
-        Path, _option("--out", "DIR", "the artifact's folder", show_default=True)
-    ] = Path("out"),
-    batch: Annotated[
-        int | None, _option("--batch", "N", f"{_BATCH}; 1 if not given", min=1)
-    ] = None,
+    out: Annotated[Path, option("--out", "DIR", "the artifact's folder", show_default=True)] = Path(
+        "out"
+    ),
+    batch: Annotated[int | None, option("--batch", "N", f"{BATCH}; 1 if not given", min=1)] = None,
     threads: Threads = None,
     seed: Annotated[
-        int | None, _option("--seed", "N", "decides all random numbers; 0", min=0)
+        int | None, option("--seed", "N", "decides all random numbers; 0", min=0)
     ] = None,
     weights: Weights = None,
     partial: Partial = False,
     fit: Annotated[
-        str | None, _option("--fit", "FILE.py:FUNCTION", "your trainer instead of ours")
+        str | None, option("--fit", "FILE.py:FUNCTION", "your trainer instead of ours")
     ] = None,
     quality: Annotated[
         str | None,
-        _option("--quality", "FILE.py:FUNCTION", "your metric: (outputs, labels) -> number"),
+        option("--quality", "FILE.py:FUNCTION", "your metric: (outputs, labels) -> number"),
     ] = None,
     strict: Annotated[
-        bool, _option("--strict", None, "a limit must hold for the whole interval")
+        bool, option("--strict", None, "a limit must hold for the whole interval")
     ] = False,
     again: Annotated[
-        Path | None, _option("--again", "DIR", "repeat the run that made this artifact")
+        Path | None, option("--again", "DIR", "repeat the run that made this artifact")
     ] = None,
     resume: Resume = False,
-    dry_run: Annotated[bool, _option("--dry-run", None, "check and predict, do nothing")] = False,
+    dry_run: Annotated[bool, option("--dry-run", None, "check and predict, do nothing")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -199,7 +163,7 @@ def compress(
 
 @app.command(
     short_help="measure a network, a model file or an artifact",
-    epilog=_example("tersor measure tersor.demo.network:trained --data digits --metric accuracy"),
+    epilog=example("tersor measure tersor.demo.network:trained --data digits --metric accuracy"),
 )
 def measure(
     subject: Subject,
@@ -207,14 +171,14 @@ def measure(
     target: Target = None,
     metric: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--metric", "NAME", "size and latency if not given (repeatable)", complete="metrics"
         ),
     ] = None,
     batch: Batch = 1,
     threads: Threads = None,
     split: Annotated[
-        str, _option("--split", "NAME", "where quality is measured", show_default=True)
+        str, option("--split", "NAME", "where quality is measured", show_default=True)
     ] = "test",
     weights: Weights = None,
     partial: Partial = False,
@@ -242,31 +206,31 @@ def measure(
 
 @app.command(
     short_help="say which of two is faster, with an interval",
-    epilog=_example("tersor demo --out demo && tersor compare demo/original demo"),
+    epilog=example("tersor demo --out demo && tersor compare demo/original demo"),
 )
 def compare(
     a: Annotated[
-        str, _argument("A", "an artifact or a model file; OUT/original: the network before")
+        str, argument("A", "an artifact or a model file; OUT/original: the network before")
     ],
-    b: Annotated[str | None, _argument("B", "another; may be left out with --aa")] = None,
+    b: Annotated[str | None, argument("B", "another; may be left out with --aa")] = None,
     data: Data = None,
     target: Target = None,
     batch: Batch = 1,
     threads: Threads = None,
     min_effect: Annotated[
         float,
-        _option("--min-effect", "X", "smallest difference called one", min=0.0, show_default=True),
+        option("--min-effect", "X", "smallest difference called one", min=0.0, show_default=True),
     ] = 0.03,
     budget: Annotated[
-        float, _option("--budget", "SECONDS", "longest contest", min=0.1, show_default=True)
+        float, option("--budget", "SECONDS", "longest contest", min=0.1, show_default=True)
     ] = 20.0,
     aa: Annotated[
-        int, _option("--aa", "N", "check the method: A against itself, N times", min=0)
+        int, option("--aa", "N", "check the method: A against itself, N times", min=0)
     ] = 0,
     gate: Annotated[
-        str | None, _option("--gate", "faster|not-slower", "exit code 1 unless B is")
+        str | None, option("--gate", "faster|not-slower", "exit code 1 unless B is")
     ] = None,
-    seed: Annotated[int, _option("--seed", "N", "decides orders and intervals", min=0)] = 0,
+    seed: Annotated[int, option("--seed", "N", "decides orders and intervals", min=0)] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -293,7 +257,7 @@ def compare(
 
 @app.command(
     short_help="say why 8-bit integers make a network faster, or not",
-    epilog=_example("tersor explain tersor.demo.network:trained --data digits"),
+    epilog=example("tersor explain tersor.demo.network:trained --data digits"),
 )
 def explain(
     model: Model,
@@ -301,12 +265,12 @@ def explain(
     target: Target = None,
     technique: Annotated[
         str | None,
-        _option("--technique", "static|dynamic", "dynamic if there are recurrent layers"),
+        option("--technique", "static|dynamic", "dynamic if there are recurrent layers"),
     ] = None,
     batch: Batch = 1,
     threads: Threads = None,
     budget: Annotated[
-        float, _option("--budget", "SECONDS", "longest contest", min=0.1, show_default=True)
+        float, option("--budget", "SECONDS", "longest contest", min=0.1, show_default=True)
     ] = 6.0,
     weights: Weights = None,
     partial: Partial = False,
@@ -337,21 +301,53 @@ def explain(
 
 
 @app.command(
+    short_help="from how many zeros on are layers faster sparse here",
+    epilog=example("tersor profile --sparsity --shapes 256x256 --threads 1"),
+)
+def profile(
+    sparsity: Annotated[
+        bool, option("--sparsity", None, "time layers sparse and dense, by their zeros")
+    ] = False,
+    shapes: Annotated[
+        str | None,
+        option("--shapes", "LIST", "such as 1024x1024,64x64k3@32: in x out, kernel @ image"),
+    ] = None,
+    batch: Batch = 1,
+    threads: Threads = None,
+    out: Annotated[Path | None, option("--out", "FILE.html", "write the picture, too")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Profile this machine: from which share of zeros on is sparse execution faster?
+
+    Layers are timed sparse and by every dense kernel that is installed, interleaved. The step
+    sparse_execution uses what was found.
+    """
+    from tersor import _cli_profile
+
+    del debug
+    code = _cli_profile.profile(
+        sparsity=sparsity, shapes=shapes, batch=batch, threads=threads, out=out, as_json=json
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
     short_help="run an artifact on arrays; torch is not needed",
-    epilog=_example(
+    epilog=example(
         "tersor demo --out demo",
         "python -c \"import numpy as n; n.savez('x.npz', x=n.zeros((1, 1, 8, 8), 'f'))\"",
         "tersor run demo --input x.npz --output y.npz",
     ),
 )
 def run(
-    artifact: Annotated[str, _argument("ARTIFACT", "a folder that compress made")],
-    inputs: Annotated[Path, _option("--input", "X.npz", "one array for each input, by name")],
+    artifact: Annotated[str, argument("ARTIFACT", "a folder that compress made")],
+    inputs: Annotated[Path, option("--input", "X.npz", "one array for each input, by name")],
     output: Annotated[
-        Path | None, _option("--output", "Y.npz", "where the outputs go; else only described")
+        Path | None, option("--output", "Y.npz", "where the outputs go; else only described")
     ] = None,
     device: Annotated[
-        str | None, _option("--device", "NAME", "another device of the runtime")
+        str | None, option("--device", "NAME", "another device of the runtime")
     ] = None,
     threads: Threads = None,
     json: Json = False,
@@ -370,12 +366,12 @@ def run(
 @app.command(
     "list",
     short_help="list techniques, recipes, runtimes, metrics ...",
-    epilog=_example("tersor list techniques"),
+    epilog=example("tersor list techniques"),
 )
 def list_(
     kind: Annotated[
         str | None,
-        _argument("KIND", f"{', '.join(KINDS)}; all if left out", autocompletion=lambda: KINDS),
+        argument("KIND", f"{', '.join(KINDS)}; all if left out", autocompletion=lambda: KINDS),
     ] = None,
     json: Json = False,
     debug: Debug = False,
@@ -389,19 +385,19 @@ def list_(
 
 @app.command(
     short_help="show a technique's settings, a recipe's file ...",
-    epilog=_example("tersor show static"),
+    epilog=example("tersor show static"),
 )
 def show(
     name: Annotated[
         str | None,
-        _argument(
+        argument(
             "NAME",
             "a technique, recipe, runtime, metric, source or dataset",
-            autocompletion=lambda: _names("any"),
+            autocompletion=lambda: names("any"),
         ),
     ] = None,
     schema: Annotated[
-        bool, _option("--schema", None, "the JSON Schema of recipe files, for editors")
+        bool, option("--schema", None, "the JSON Schema of recipe files, for editors")
     ] = False,
     json: Json = False,
     debug: Debug = False,
@@ -415,14 +411,14 @@ def show(
 
 @app.command(
     short_help="show layers, parameters, sizes and sparsity",
-    epilog=_example("tersor inspect tersor.demo.network:trained"),
+    epilog=example("tersor inspect tersor.demo.network:trained"),
 )
 def inspect(
     subject: Subject,
     weights: Weights = None,
     partial: Partial = False,
     verify: Annotated[
-        bool, _option("--verify", None, "compare an artifact's files with their hashes")
+        bool, option("--verify", None, "compare an artifact's files with their hashes")
     ] = False,
     json: Json = False,
     debug: Debug = False,
@@ -438,7 +434,7 @@ def inspect(
 
 
 @app.command(
-    short_help="look at this machine, and say what to do about it", epilog=_example("tersor doctor")
+    short_help="look at this machine, and say what to do about it", epilog=example("tersor doctor")
 )
 def doctor(json: Json = False, debug: Debug = False) -> None:
     """Look at this machine: cores, instructions, packages, and whether it can time fairly.
@@ -453,13 +449,13 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 
 @app.command(
     short_help="compress the small network that ships with tersor",
-    epilog=_example("tersor demo --out demo"),
+    epilog=example("tersor demo --out demo"),
 )
 def demo(
     context: typer.Context,
-    out: Annotated[
-        Path, _option("--out", "DIR", "the artifact's folder", show_default=True)
-    ] = Path("demo"),
+    out: Annotated[Path, option("--out", "DIR", "the artifact's folder", show_default=True)] = Path(
+        "demo"
+    ),
     target: Target = None,
     threads: Threads = None,
     resume: Resume = False,

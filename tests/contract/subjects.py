@@ -24,7 +24,11 @@ from tests import networks
 
 TECHNIQUES = list(plugins.names("techniques"))
 TARGETS = ("onnxruntime", "openvino", "torch_eager")
-FACTORIES = {"cnn": networks.tiny_cnn, "transformer": networks.tiny_transformer}
+FACTORIES = {
+    "cnn": networks.tiny_cnn,
+    "transformer": networks.tiny_transformer,
+    "sparse": networks.sparse_cnn,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +43,18 @@ class Applied:
     """Its tensors as they were."""
     result: Any
     kind: str
-    """Which of the two small networks."""
+    """Which of the small networks."""
     after: str | None
     """The technique before it in the same stage."""
+    refused: tuple[str, ...]
+    """Runtimes for which it said that they cannot execute its result."""
 
 
 def quick(technique: Technique) -> Any:
-    """Return the default settings, with less training."""
+    """Return the default settings, with less training; not decided by a stopwatch."""
     config = technique.config()
+    if any(field.name == "convert" for field in dataclasses.fields(config)):
+        config = dataclasses.replace(config, convert="all")
     if any(field.name == "epochs" for field in dataclasses.fields(config)):
         config = dataclasses.replace(config, epochs=0.2)
     if any(field.name == "steps" for field in dataclasses.fields(config)):
@@ -84,7 +92,7 @@ def weight_cost(nets: Sequence[nn.Module]) -> list[float]:
 
 
 def apply(name: str, kind: str, config: Any = None, after: str | None = None) -> Applied:
-    """Apply a technique to a copy of one of the two small networks, for a target that has it.
+    """Apply a technique to a copy of one of the small networks, for a target that has it.
 
     `after` names a technique that comes before it in the same stage.
     """
@@ -92,6 +100,7 @@ def apply(name: str, kind: str, config: Any = None, after: str | None = None) ->
     config = config or quick(technique)
     original = FACTORIES[kind]()
     before = {key: tensor.clone() for key, tensor in original.state_dict().items()}
+    refused = []
     with tempfile.TemporaryDirectory() as folder:
         for runtime in TARGETS:
             try:
@@ -99,6 +108,7 @@ def apply(name: str, kind: str, config: Any = None, after: str | None = None) ->
             except TargetError:
                 if runtime == TARGETS[-1]:
                     raise
+                refused.append(runtime)
                 continue
             break
     return Applied(
@@ -109,6 +119,7 @@ def apply(name: str, kind: str, config: Any = None, after: str | None = None) ->
         result=result,
         kind=kind,
         after=after,
+        refused=tuple(refused),
     )
 
 
@@ -138,15 +149,13 @@ def _apply(
 
 @cache
 def applied(name: str) -> Applied:
-    """Apply a technique where it has something to do: the CNN, the transformer, the rounded CNN."""
-    try:
-        return apply(name, "cnn")
-    except UnfitError:
-        pass
-    try:
-        return apply(name, "transformer")
-    except UnfitError:
-        return apply(name, "cnn", after="static")
+    """Apply a technique where it has something to do: one of the networks, or the rounded CNN."""
+    for kind in FACTORIES:
+        try:
+            return apply(name, kind)
+        except UnfitError:
+            continue
+    return apply(name, "cnn", after="static")
 
 
 def outputs(net: Any, batch: int = 4) -> torch.Tensor:

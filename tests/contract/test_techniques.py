@@ -26,7 +26,7 @@ from tersor.ops.edits import replay, store
 from tersor.ops.lower import form_of
 from tersor.plan import check
 from tests import networks
-from tests.contract.subjects import FACTORIES, TECHNIQUES, applied, apply, outputs, quick
+from tests.contract.subjects import FACTORIES, TARGETS, TECHNIQUES, applied, apply, outputs, quick
 
 FAST_RUNTIMES = ("onnxruntime", "torch_eager")
 every_technique = pytest.mark.parametrize("name", TECHNIQUES)
@@ -168,6 +168,8 @@ def runs_on(done: Any, runtime: str, tmp_path: Path) -> None:
         pytest.skip(f"{', '.join(missing)} not installed")
     if not may_lower(form_of(done.result), found.takes):
         pytest.skip(f"{runtime} takes {found.takes}")
+    if runtime in done.refused:
+        pytest.skip(f"the technique says that {runtime} cannot")
     precision = getattr(done.result, "tersor_precision", None)
     if precision and "precision" not in found.options:
         pytest.skip(f"{runtime} cannot be told a precision")
@@ -239,10 +241,8 @@ def test_the_pipeline_leaves_the_callers_network_untouched(name: str, tmp_path: 
         stages=((*before, done.config),),
         target=Target(runtime="onnxruntime", options={"threads": 1}),
     )
-    if getattr(done.result, "tersor_precision", None):
-        recipe = dataclasses.replace(
-            recipe, target=Target(runtime="openvino", options={"threads": 1})
-        )
+    able = next(runtime for runtime in TARGETS if runtime not in done.refused)
+    recipe = dataclasses.replace(recipe, target=Target(runtime=able, options={"threads": 1}))
     artifact = compress(
         model, recipe, data=networks.data(), out=tmp_path / "out", metrics=("size",)
     )

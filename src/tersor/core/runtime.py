@@ -90,6 +90,8 @@ class Runtime:
     """Names allowed in `Target.options`."""
     weights: tuple[str, ...] = ()
     """Formats of weights that it reads beside fp32 and integers, as `half` names them."""
+    own_operators: bool = False
+    """Whether it runs operators that only tersor has: sparse products."""
     to_export: tuple[str, ...] = ()
     """Packages that `export` imports, by import name."""
     to_run: tuple[str, ...] = ()

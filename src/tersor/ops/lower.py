@@ -109,6 +109,11 @@ def _to_onnx(program: ExportedProgram, *, own: bool) -> Any:
 
     table = translations()
     called = {n.target for n in program.graph.nodes if n.op == "call_function"}
+    if any(str(target).startswith("tersor.sparse_") for target in called):
+        raise ModelError(
+            "layers whose weights are executed sparse cannot be written as ONNX, which has no such "
+            "operator; choose a target of PyTorch, such as torch_export, or leave the layers dense"
+        )
     if own and all(target in table or str(target) in DIRECT for target in called):
         # most of the exporter's time would go into tracing it again, to decompose nothing
         vars(program)["run_decompositions"] = lambda _: program

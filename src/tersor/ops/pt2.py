@@ -18,7 +18,8 @@ from zipfile import ZipFile
 
 import torch
 
-import tersor.ops.dynamic  # noqa: F401  # registers torch.ops.tersor
+import tersor.ops.dynamic
+import tersor.ops.sparse  # noqa: F401  # both register operators of torch.ops.tersor
 from tersor.core.errors import ModelError
 from tersor.core.sniffing import foreign, zip_problem
 from tersor.ops.expressions import unsafe_guard, unsafe_size

@@ -38,6 +38,7 @@ RUNTIME = Runtime(
     load=load,
     options=("threads", "precision"),
     weights=("fp8_e4m3", "fp8_e5m2"),
+    own_operators=True,
     to_export=("torch", "safetensors"),
     to_run=("torch", "safetensors"),
 )
