@@ -63,7 +63,8 @@ def test_bad_settings(tiny_context: Make) -> None:
     with pytest.raises(StepError, match=r"'qkw' matches no layer .* Did you mean 'qkv'"):
         attention_heads(net, AttentionHeads(layers=layers), tiny_context(net))
     with pytest.raises(DataError, match=r"importance taylor needs calibration data with labels"):
-        attention_heads(net, AttentionHeads(), tiny_context(net, data=Data()))
+        config = AttentionHeads(importance="taylor")
+        attention_heads(net, config, tiny_context(net, data=Data()))
 
 
 def test_weaker() -> None:

@@ -26,9 +26,9 @@ class AttentionHeads:
 
     ratio: float = 0.5
     """Share of the heads to remove, in [0, 1); each layer keeps one at least."""
-    importance: Importance = "taylor"
-    """Which heads go: a small effect on the loss (taylor, fisher: need labels), small weights (l1,
-    l2), small activations (activation), or any (random)."""
+    importance: Importance = "l2"
+    """Which heads go: small weights (l1, l2), a small effect on the loss (taylor, fisher: need
+    labels), small activations (activation), or any (random)."""
     ranking: Ranking = "global_normalized"
     """local: the same share of each layer; global: the least important of all layers together;
     global_normalized: the same with each layer's scores divided by their mean."""
