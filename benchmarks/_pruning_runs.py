@@ -23,6 +23,8 @@ import torch
 from _networks import context, ways, workload
 from torch import nn
 
+from tersor.core.layers import Layers
+
 MACS = 1 / 2.1
 """Share of the multiply-accumulates that is left: 2.1 times fewer."""
 SCRATCH_LR = 0.1
@@ -138,7 +140,10 @@ def steps(*asked: tuple[str, Mapping[str, Any]]) -> Callable[..., tuple[nn.Modul
             step = plugins.technique(name)
             net = step.apply(net, step.config(**settings), made)
             facts[name] = made.facts
-        return net, {"steps": dict(asked), "facts": facts}
+        settings = {
+            name: {k: str(v) if k == "layers" else v for k, v in own.items()} for name, own in asked
+        }
+        return net, {"steps": settings, "facts": facts}
 
     return cut
 
@@ -223,21 +228,30 @@ def as_it_is(net: nn.Module, given: Given) -> tuple[nn.Module, dict[str, Any]]:
     return net, {}
 
 
-DEFAULT = "tersor taylor global"
+INNER = ("!conv1", "!*.conv2")
+"""All but the layers that write to the shortcuts."""
+DEFAULT = "tersor taylor global_normalized inner"
 """Whose architecture is trained from scratch: the best of ours before recovery, on validation."""
 METHODS: dict[str, Method] = {
     "original": Method(cut=as_it_is, steered="nothing"),
     **{
-        f"tersor {importance} {ranking}": Method(
+        f"tersor {importance} {ranking}{' inner' * inner}": Method(
             cut=steps(
                 (
                     "channels",
-                    {"macs": MACS, "importance": importance, "ranking": ranking, "multiple": 1},
+                    {
+                        "macs": MACS,
+                        "importance": importance,
+                        "ranking": ranking,
+                        "multiple": 1,
+                        "layers": Layers(patterns=INNER if inner else ("*",)),
+                    },
                 )
             )
         )
         for importance in ("l1", "l2", "taylor")
-        for ranking in ("local", "global")
+        for ranking in ("local", "global", "global_normalized")
+        for inner in (False, True)
     },
     "torch-pruning l1": Method(cut=torch_pruning("l1", everything=True)),
     "torch-pruning group_norm": Method(cut=torch_pruning("group_norm", everything=True)),
