@@ -73,6 +73,8 @@ def rendered(text: str, *, chinese: bool) -> str:
         "pruned": pruned,
         "ways": pruning_ways,
         "oneshot": one_shot,
+        "structured": structured,
+        "coverage": coverage,
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -232,6 +234,67 @@ def one_shot(chinese: bool) -> str:
         rows.append([zeros, way, f"{sum(values) / len(values):.3f}{several}", str(len(values))])
     head = ["zeros", "method", "perplexity, mean [lowest, highest]", "calibration subsets"]
     return table(head, rows) + f"\n`{raw['command']}`\n"
+
+
+def structured(chinese: bool) -> str:
+    """One row a way of making resnet56 smaller: accuracy after one epoch, and time."""
+    del chinese
+    raw = stored("pruning_peers")
+    if raw is None:
+        return ""
+    chosen, rows = raw["chosen_on_validation"], []
+    for name, own in sorted(raw["methods"].items(), key=lambda pair: pair[0] != "original"):
+        minus = raw["chosen_minus"].get(name)
+        cells = [f"**{name}**" if name == chosen else name]
+        cells.append(f"{sum(own['times_fewer_macs']) / len(own['seeds']):.2f}")
+        cells.append(spread(own["fp32"]["test_by_seed"], "%"))
+        cells.append("" if minus is None else interval(minus))
+        for form in ("fp32", "int8"):
+            races = (raw["latency"].get(f"{form} batch 8") or {}).get(
+                "times_faster_than_original", {}
+            )
+            cells.append(times_faster(races.get(name)))
+        cells.append(spread(own["int8"]["test_by_seed"], "%"))
+        rows.append([*cells, str(len(own["seeds"]))])
+    head = ["method", "times fewer MACs", "fp32 accuracy, one epoch", f"{chosen} minus it"]
+    head += ["speed, fp32", "speed, int8", "int8 accuracy", "seeds"]
+    return table(head, rows)
+
+
+def interval(found: Plain) -> str:
+    """Write a difference in points with its interval."""
+    return f"{found['points']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
+def times_faster(race: Plain | None) -> str:
+    """Write a speed with its interval."""
+    return "" if race is None else f"{race['speedup']:.2f}x [{race['low']:.2f}, {race['high']:.2f}]"
+
+
+def coverage(chinese: bool) -> str:
+    """What both pruners reach on the list of networks."""
+    del chinese
+    raw = stored("pruning_coverage")
+    if raw is None:
+        return ""
+    summary = raw["summary"]
+    words = {
+        "something went": "pruned, and runs",
+        "halved": "at least 45 % of all channels gone",
+        "exact": "exact",
+        "exports": "exported, same outputs",
+        "halved, exact and exports": "all three",
+        "faster": "faster on ONNX Runtime",
+        "all": "all of it",
+    }
+    rows = [
+        [f"{words[key]}, of {summary['networks']}", *(str(summary[c][key]) for c in _PRUNERS)]
+        for key in words
+    ]
+    return table(["networks", *_PRUNERS], rows)
+
+
+_PRUNERS = ("tersor", "torch-pruning")
 
 
 def spread(values: list[float], unit: str, sign: str = "") -> str:
