@@ -415,7 +415,10 @@ def show(
 
 @app.command(
     short_help="show layers, parameters, sizes and sparsity",
-    epilog=_example("tersor inspect tersor.demo.network:trained"),
+    epilog=_example(
+        "tersor inspect tersor.demo.network:trained",
+        "tersor inspect tersor.demo.network:trained --data digits --groups --out g.svg",
+    ),
 )
 def inspect(
     subject: Subject,
@@ -424,6 +427,13 @@ def inspect(
     verify: Annotated[
         bool, _option("--verify", None, "compare an artifact's files with their hashes")
     ] = False,
+    groups: Annotated[
+        bool, _option("--groups", None, "list the channels that must be cut together")
+    ] = False,
+    data: Annotated[
+        str | None, _option("--data", "DATA", f"what --groups runs on: {_DATA}")
+    ] = None,
+    out: Annotated[Path | None, _option("--out", "FILE.svg", "draw the groups, too")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -432,7 +442,14 @@ def inspect(
 
     del debug
     code = _cli_inspect.inspect(
-        subject, weights=weights, partial=partial, verify=verify, as_json=json
+        subject,
+        weights=weights,
+        partial=partial,
+        verify=verify,
+        groups=groups,
+        data=data,
+        out=out,
+        as_json=json,
     )
     raise typer.Exit(code)
 
