@@ -4,8 +4,8 @@
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
 compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`, `aa`,
-`startup`, `pruned` or `ways` (of pruning). No figure in it is typed by hand. `--check` changes
-nothing and exits with 1 where a page is not up to date.
+`startup`, `pruned`, `ways` (of pruning) or `oneshot`. No figure in it is typed by hand. `--check`
+changes nothing and exits with 1 where a page is not up to date.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "startup": startup,
         "pruned": pruned,
         "ways": pruning_ways,
+        "oneshot": one_shot,
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -201,6 +202,24 @@ def pruning_rows(part: str, key: str) -> dict[str, list[Any]]:
         if item["part"] == part:
             found.setdefault(item[key], []).append(item)
     return dict(sorted(found.items(), key=lambda pair: (not pair[0].startswith("one"), pair[0])))
+
+
+def one_shot(chinese: bool) -> str:
+    """One row a method and amount of zeros: perplexity over the calibration subsets."""
+    del chinese
+    raw = stored("oneshot")
+    if raw is None:
+        return ""
+    found: dict[tuple[str, str], list[float]] = {}
+    for item in raw["results"]:
+        found.setdefault((item["zeros"], item["way"]), []).append(item["value"])
+    rows = []
+    for (zeros, way), values in found.items():
+        low, high = min(values), max(values)
+        several = f" [{low:.3f}, {high:.3f}]" if len(values) > 1 else ""
+        rows.append([zeros, way, f"{sum(values) / len(values):.3f}{several}", str(len(values))])
+    head = ["zeros", "method", "perplexity, mean [lowest, highest]", "calibration subsets"]
+    return table(head, rows) + f"\n`{raw['command']}`\n"
 
 
 def spread(values: list[float], unit: str, sign: str = "") -> str:

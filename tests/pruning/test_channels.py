@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.core.context import Data
-from tersor.core.errors import DataError, StepError
+from tersor.core.errors import DataError, RecipeError, StepError
 from tersor.core.layers import Layers
 from tersor.core.model import Inputs
 from tersor.ops.capture import capture
@@ -86,6 +86,97 @@ def test_layers(tiny_context: Make) -> None:
     context = tiny_context(net)
     channels(net, config, context)
     assert context.facts["groups"] == {"block2.conv1": "16 -> 8", "block3.conv1": "16 -> 8"}
+
+
+@pytest.mark.parametrize("target", ["macs", "parameters", "ratio"])
+def test_sensitivity(target: str, tiny_context: Make) -> None:
+    """Each group gets its own share; the fragment that is reported gives the same network."""
+    net = networks.tiny_cnn()
+    before, full = sum(p.numel() for p in net.parameters()), macs(net)
+    context = tiny_context(net)
+    config = Channels(**{target: 0.6}, ranking="sensitivity", multiple=1)
+    made = channels(copy.deepcopy(net), config, context)
+    if target == "ratio":
+        sizes = [tuple(map(int, t.split(" -> "))) for t in context.facts["groups"].values()]
+        assert sum(b for _, b in sizes) <= 0.4 * 64
+    else:
+        left = macs(made) / full
+        if target == "parameters":
+            left = sum(p.numel() for p in made.parameters()) / before
+        assert 0.45 < left <= 0.6
+    sensitivities = context.facts["sensitivities"]
+    assert set(sensitivities) == set(context.facts["groups"])
+    for own in sensitivities.values():
+        assert list(own) == ["0.125", "0.25", "0.375", "0.5", "0.625", "0.75", "0.875"]
+        assert own["0.125"] < own["0.875"]
+    settings = context.facts["recipe"]["channels"]
+    again = Channels(multiple=1, ratios=tuple(settings["ratios"]))
+    other = channels(copy.deepcopy(net), again, tiny_context(net))
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in made.state_dict().items())
+
+
+def test_a_silent_group_is_the_least_sensitive(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    with torch.no_grad():
+        net.block3.bn2.weight.zero_()  # the block adds nothing but a constant
+    context = tiny_context(net)
+    channels(net, Channels(macs=0.9, ranking="sensitivity", multiple=1), context)
+    losses = {n: own["0.5"] for n, own in context.facts["sensitivities"].items()}
+    assert min(losses, key=lambda n: losses[n]) == "block3.conv1"
+
+
+def test_latency_is_measured(tiny_context: Make) -> None:
+    net = networks.tiny_cnn(width=16)
+
+    def cost(nets: Any) -> list[float]:
+        return [sum(p.numel() for p in n.parameters()) / 1000 for n in nets]
+
+    context = tiny_context(net, latency=cost)
+    before = sum(p.numel() for p in net.parameters())
+    made = channels(net, Channels(latency=0.5, multiple=4), context)
+    share = sum(p.numel() for p in made.parameters()) / before
+    assert share <= 0.5
+    assert context.facts["latency_share"] == pytest.approx(share)
+    assert 2 <= context.facts["timed"] <= 8
+    again = networks.tiny_cnn(width=16)
+    with pytest.raises(StepError, match=r"latency 0.01 of the original's cannot be reached"):
+        channels(again, Channels(latency=0.01, multiple=4), tiny_context(again, latency=cost))
+
+
+def test_rounds_with_recovery_between(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    made = channels(net, Channels(macs=0.4, multiple=1, rounds=2, recovery=0.2), context)
+    full = context.facts["macs_before"]
+    assert macs(made) / full <= 0.4
+    steps = [t.split(" -> ") for t in context.facts["groups"].values()]
+    assert all(len(sizes) == 3 for sizes in steps)
+    assert all(int(a) >= int(b) >= int(c) for a, b, c in steps)
+
+
+@pytest.mark.parametrize("importance", ["fisher", "bn_scale", "fpgm", "activation", "random"])
+def test_every_importance(importance: Any, tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    channels(net, Channels(importance=importance, multiple=1), context)
+    sizes = [tuple(map(int, t.split(" -> "))) for t in context.facts["groups"].values()]
+    assert all(2 * b == a for a, b in sizes)
+
+
+def test_ratios() -> None:
+    for entry in ("layer1", "layer1=1.5", "=0.5", "layer1=much"):
+        with pytest.raises(ValueError, match=r'ratios: write "layer1.*=0.25", a share in'):
+            Channels(ratios=(entry,))
+    with pytest.raises(ValueError, match=r"give ratios or macs, not both"):
+        Channels(ratios=("a=0.5",), macs=0.5)
+    with pytest.raises(ValueError, match=r"ratios are reached in one cut; leave rounds at 1"):
+        Channels(ratios=("a=0.5",), rounds=2)
+
+
+def test_a_pattern_that_fits_nothing(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    with pytest.raises(RecipeError, match=r"'block1.conf1' fits no group. Did you mean 'block1"):
+        channels(net, Channels(ratios=("block1.conf1=0.5",)), tiny_context(net))
 
 
 def test_dead_channels_go_first(tiny_context: Make) -> None:

@@ -327,8 +327,10 @@ def _plain(
                 raise RecipeError(f"{name}:{line}:{column}: {key.value!r} is given twice")
             plain[key.value] = _plain(loader, item, (*path, key.value), places, name)
         return plain
-    if node.tag == "tag:yaml.org,2002:timestamp":
-        return node.value
+    if node.tag == "tag:yaml.org,2002:timestamp" or (
+        isinstance(node, yaml.ScalarNode) and node.style is None and ":" in node.value
+    ):
+        return node.value  # 2:4 is a pattern, not 124, a number to the base of 60
     if node.tag not in _TAGS:
         raise RecipeError(f"{at}: the tag {node.tag!r} is not allowed")
     try:

@@ -64,6 +64,8 @@ class Flow:
         """Node that splits a dimension -> in how many, and the atoms there."""
         self.calls: dict[str, str] = {}
         """Node that calls F.layer_norm with a layer's tensors -> the layer."""
+        self.heads: list[Atoms] = []
+        """What runs along the heads of attention."""
         self.means: list[tuple[str, Atoms]] = []
         """Node that takes a mean over channels, which must go on to divide by all of them."""
         self.derived: dict[Any, Atoms] = {}

@@ -34,12 +34,17 @@ def follow(captured: fx.GraphModule, net: nn.Module, *, heads: bool = False) -> 
         heads: Where a dimension is split, begin with the last but one: heads, not their depth.
     """
     flow = _walk(captured, net, {})
-    first = dict.fromkeys(flow.splits, 1 if heads else 0)
-    order = [1, 0, 2] if heads else [0, 1, 2]
-    best = first
+    best: dict[str, int] = {}
     if heads:
-        flow = _walk(captured, net, first)
-    for place in order[1:]:
+        other = _walk(captured, net, dict.fromkeys(flow.splits, 1))
+        found = {root for atoms in other.heads for root in other.roots(atoms).tolist()}
+        best = {
+            name: 1
+            for name, (_, atoms) in other.splits.items()
+            if found.intersection(other.roots(atoms).tolist())
+        }
+        flow = _walk(captured, net, best)
+    for place in (1, 2):
         stuck = _stuck(flow, place)
         if not stuck:
             continue

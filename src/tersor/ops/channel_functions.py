@@ -178,6 +178,8 @@ def matmul(step: Step) -> Dims:
     _contract(step, left, a.get(len(x) - 1), right, b.get(len(y) - 2), len(x) - 1)
     rank = len(step.shape)
     made = _batch(step, [(left, a), (right, b)], rank)
+    if rank > 3 and rank - 3 in made:
+        step.flow.heads.append(made[rank - 3])
     if len(x) - 2 in a:
         made[rank - 2] = a[len(x) - 2]
     if len(y) - 1 in b:
@@ -238,6 +240,8 @@ def attention(step: Step) -> Dims:
     made = _batch(step, met, rank)
     if rank - 1 in c:
         made[rank - 1] = c[rank - 1]
+    if rank - 3 in made:
+        step.flow.heads.append(made[rank - 3])
     keys, tokens = k.meta["shape"][-2], step.shape[-2]
     heads = [made.get(d, step.shape[d]) for d in range(1, rank - 2)]
     depth_k, depth_v = a.get(rank - 1), c.get(rank - 1)

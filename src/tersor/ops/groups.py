@@ -39,8 +39,8 @@ class Group:
     @property
     def passed(self) -> tuple[str, ...]:
         """The layers, or bare parameters, that these channels pass through, each by itself."""
-        through = [p for p, side in self.indices if side in ("both", "depthwise", "norm")]
-        bare = [p for p in self.layers("dim") if p not in self.makers]
+        bare = (p for p in self.layers("dim") if p not in self.makers)
+        through = (p for side in ("both", "norm", "depthwise") for p in self.layers(side))
         return tuple(dict.fromkeys([*through, *bare]))
 
     @property

@@ -19,8 +19,8 @@ between integer operators is rounded, once:
 Everything else stays in float, without roundings around it: normalizations, softmax, GELU, SiLU,
 sigmoids, attention (rounding its inputs was tried on ONNX Runtime and OpenVINO, and took longer
 than products in integers saved), and the residual additions of transformers, whose linear layers
-write float anyway (integer MatMuls of the runtimes do) and whose sum would collect a rounding error from
-every block.
+write float anyway (integer MatMuls of the runtimes do) and whose sum would collect a rounding error
+from every block.
 """
 
 import math

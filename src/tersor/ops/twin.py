@@ -17,6 +17,7 @@ from tersor.core.model import Inputs
 from tersor.ops.calibrate import checked
 from tersor.ops.modules import QUANTIZED, GroupedLinear, QuantLinear
 from tersor.ops.rectifiers import Rectifier, rectifier
+from tersor.ops.walk import walk
 
 _KEY = "tersor.twin"
 _LIVE_BYTES = 2**30
@@ -86,9 +87,9 @@ def lockstep(
     modules = dict(captured.named_modules())
     calls = [str(n.target) for n in captured.graph.nodes if n.op == "call_module"]
     rounded = {n for n in calls if isinstance(modules[n], QUANTIZED) and calls.count(n) == 1}
-    floats = _run(twin, batch, rounded)
+    floats = walk(twin, batch, rounded)
     float_modules = dict(twin.named_modules())
-    for node, x, _ in _run(captured, batch, rounded):
+    for node, x, _ in walk(captured, batch, rounded):
         if x is None:
             continue
         name = str(node.target)
@@ -104,29 +105,6 @@ def lockstep(
             wanted=wanted,
             activation=rectifier(users[0], float_modules) if len(users) == 1 else None,
         )
-
-
-def _run(
-    graph: fx.GraphModule, batch: Mapping[str, Tensor], watched: set[str]
-) -> Iterator[tuple[fx.Node, Tensor | None, Tensor | None]]:
-    """Run node by node; yield a watched layer with its input, then with its output."""
-    order = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
-    interpreter = fx.Interpreter(graph)
-    interpreter.args_iter = iter([batch.get(name) for name in order])
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            return
-        seen = node.op == "call_module" and str(node.target) in watched
-        if seen:
-            source = node.args[0] if node.args else node.kwargs["input"]
-            yield node, interpreter.env[source], None
-        with torch.no_grad():
-            value = interpreter.run_node(node)
-        interpreter.env[node] = value
-        if seen:
-            yield node, None, value
-        for last in interpreter.user_to_last_uses.get(node, []):
-            del interpreter.env[last]
 
 
 def gather(

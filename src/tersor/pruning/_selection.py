@@ -20,7 +20,7 @@ from tersor.ops.losses import first_output
 from tersor.ops.precision_note import carry_precision
 
 Importance = Literal["l1", "l2", "taylor", "fisher", "bn_scale", "fpgm", "activation", "random"]
-Ranking = Literal["local", "global", "global_normalized"]
+Ranking = Literal["local", "global", "global_normalized", "sensitivity"]
 
 _TOLERANCE = 1e-3
 """Sums of fewer terms round differently; a wrong cut is off by the outputs' own size."""

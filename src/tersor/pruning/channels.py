@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.core.context import Context
 from tersor.core.errors import DataError, UnfitError
@@ -23,6 +23,7 @@ from tersor.pruning._selection import (
     told,
     until,
 )
+from tersor.pruning._sensitivity import allocate, assigned, parse, scan
 
 _DEFAULT_RATIO = 0.5
 _TIMED = 8
@@ -48,7 +49,11 @@ class Channels:
     activations (activation), or any (random)."""
     ranking: Ranking = "local"
     """local: the same share of each group; global: the least important of all groups together;
-    global_normalized: the same with each group's scores divided by their mean."""
+    global_normalized: the same with each group's scores divided by their mean; sensitivity: each
+    group's own share, by what cutting it alone does to the outputs on calibration data."""
+    ratios: tuple[str, ...] = ()
+    """Shares by pattern over groups, as `"layer1.*=0.25"`, the first that fits, in the place of a
+    target; what sensitivity found is in its report in this form. Groups that fit none stay."""
     multiple: int = 8
     """What stays of a group is rounded up to a multiple of this: processors work on several."""
     rounds: int = 1
@@ -72,11 +77,19 @@ class Channels:
             raise ValueError(f"multiple must be at least 1, got {self.multiple}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        for entry in self.ratios:
+            parse(entry)
+        if self.ratios and given:
+            raise ValueError(f"give ratios or {given[0]}, not both")
+        if self.ratios and self.rounds > 1:
+            raise ValueError("ratios are reached in one cut; leave rounds at 1")
         if self.recovery < 0:
             raise ValueError(f"recovery must not be negative, got {self.recovery}")
 
     def weaker(self) -> "Channels | None":
         """Return settings that remove about 30 % less; None when hardly anything would go."""
+        if self.ratios:
+            return None
         for name in _TARGETS[1:]:
             value = getattr(self, name)
             if value is not None:
@@ -174,19 +187,48 @@ def _choose(
     groups = free(coupling, net, config.layers)
     scores = score(coupling, groups, config.importance, context)
 
-    def at(ratio: float) -> Removal:
-        return at_ratio(groups, scores, ratio, ranking=config.ranking, multiple=config.multiple)
-
-    if name == "ratio":
+    at = _cuts(coupling, groups, scores, config, context)
+    if config.ratios:
+        removal = assigned(groups, scores, config.ratios, config.multiple)
+    elif name == "ratio":
         wanted = 1 - (1 - target) ** (1 / config.rounds)
-        removal = at(wanted)
+        if config.ranking == "sensitivity":
+            removal = until(_channels_left(groups), at, 1 - wanted)
+        else:
+            removal = at(wanted)
     elif name == "latency":
         removal = _until_fast(net, coupling, at, 1 - part * (1 - target), original.net, context)
     else:
         share = _share_of(name, coupling, original)
         removal = _until(share, at, 1 - part * (1 - target), config, name)
     _check_not_nothing(groups, removal, config)
+    if config.ranking == "sensitivity":
+        shares = [f"{g.name}={len(gone) / g.size:.4g}" for g, gone in removal if gone]
+        context.record(recipe={"channels": {"multiple": config.multiple, "ratios": shares}})
     return removal
+
+
+def _cuts(
+    coupling: Coupling,
+    groups: Sequence[Group],
+    scores: Sequence[Tensor],
+    config: Channels,
+    context: Context,
+) -> Callable[[float], Removal]:
+    """Return the cuts from the mildest (0) to the hardest (1)."""
+    ranking, multiple = config.ranking, config.multiple
+    if ranking != "sensitivity" or config.ratios:
+        return lambda far: at_ratio(groups, scores, far, ranking=ranking, multiple=multiple)
+    losses = scan(coupling, groups, scores, context, multiple)
+    context.record(
+        sensitivities={n: {f"{r:g}": loss for r, loss in own.items()} for n, own in losses.items()}
+    )
+    return allocate(coupling, groups, scores, losses, multiple)
+
+
+def _channels_left(groups: Sequence[Group]) -> Callable[[Removal], float]:
+    total = sum(g.size for g in groups)
+    return lambda removal: 1 - sum(len(gone) for _, gone in removal) / total
 
 
 def _share_of(name: str, coupling: Coupling, original: _Original) -> Callable[[Removal], float]:
@@ -260,7 +302,11 @@ def _until_fast(
 
 
 def _check_not_nothing(groups: Sequence[Group], removal: Removal, config: Channels) -> None:
-    if any(gone for _, gone in removal) or config.target() in (("ratio", 0), ("macs", 1)):
+    if (
+        any(gone for _, gone in removal)
+        or config.ratios
+        or config.target() in (("ratio", 0), ("macs", 1))
+    ):
         return
     sizes = sorted({g.size for g in groups})
     raise UnfitError(
