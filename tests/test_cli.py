@@ -105,6 +105,11 @@ def test_completion_knows_recipes_and_metrics() -> None:
         (["show"], "give a name that `tersor list` shows, or --schema"),
         (["show", "statik"], "there is nothing called 'statik'. Did you mean 'static'?"),
         (["inspect", "x.onnx", "--verify"], "--verify is for artifacts; 'x.onnx' is not a folder"),
+        (["inspect", "x.py:f", "--data", "digits"], "--data is for --groups; give that, too"),
+        (["inspect", "x.py:f", "--out", "g.svg"], "--out is for --groups; give that, too"),
+        (["inspect", "x.py:f", "--groups", "--out", "g.png"], "--out 'g.png' must end in .svg, which is what is drawn"),
+        (["inspect", ".", "--groups", "--data", "digits"], "--groups follows the channels of a network in Python, such as FILE.py:FACTORY; '.' is a folder"),
+        (["inspect", "tersor.demo.network:trained", "--groups"], "--groups runs the network once; give --data, such as FILE.py:FUNCTION"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_2_and_say_what_to_do(

@@ -162,6 +162,49 @@ def test_inspect_a_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["form"] == "module"
 
 
+def test_inspect_lists_and_draws_coupled_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    picture = tmp_path / "made" / "g.svg"
+    words = ["inspect", f"{NETWORKS}:TinyCnn", "--groups", "--data", "digits"]
+    code, out, err = talk(capsys, *words, "--out", str(picture))
+    assert (code, err) == (0, f"drawn: {picture}\n")
+    lines = out.splitlines()
+    assert lines[1].split(maxsplit=2) == ["conv1", "8", "made by conv1, block1.conv2"]
+    assert lines[2:4] == [
+        "                        through bn1, block1.bn2",
+        "                        read by block1.conv1, block2.conv1, block2.shortcut",
+    ]
+    assert "stays: the network's output" in out
+    assert lines[-1] == "64 of 74 channels (86.5 %) can be cut, in 5 of 6 groups"
+    assert picture.read_text().startswith("<svg ")
+    code, raw, _ = talk(capsys, *words, "--json")
+    found = json.loads(raw)
+    assert (found["channels"], found["free"]) == (74, 64)
+    assert found["groups"][1] == {
+        "name": "block1.conv1",
+        "channels": 8,
+        "places": 1,
+        "made_by": ["block1.conv1"],
+        "through": ["block1.bn1"],
+        "read_by": ["block1.conv2"],
+        "stays": None,
+    }
+    _, out, _ = talk(capsys, *words[:1], f"{NETWORKS}:TinyTransformer", *words[2:])
+    assert "made by qkv (each at 12 places)" in out
+
+
+def test_groups_of_a_network_that_cannot_be_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    file = tmp_path / "odd.py"
+    file.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x if x.sum() > 0 else -x\n"
+    )
+    code, err = failing(capsys, "inspect", f"{file}:Net", "--groups", "--data", "digits")
+    assert code == 2
+    assert f"as a condition at {file}:4 (return x if x.sum() > 0 else -x)" in err
+
+
 def test_inspect_finds_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import onnx
     import torch

@@ -1,4 +1,4 @@
-"""`tersor inspect`: layers, parameters, sizes and sparsity."""
+"""`tersor inspect`: layers, parameters, sizes and sparsity; with --groups, coupled channels."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor._cli_talk import colored, show, show_json, table, tell
-from tersor.core.errors import DependencyError, ModelError
+from tersor.core.errors import DependencyError, ModelError, RecipeError
 from tersor.core.sparsity import Structure
 
 if TYPE_CHECKING:
@@ -15,10 +15,29 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    subject: str, *, weights: Path | None, partial: bool, verify: bool, as_json: bool
+    subject: str,
+    *,
+    weights: Path | None,
+    partial: bool,
+    verify: bool,
+    groups: bool,
+    data: str | None,
+    out: Path | None,
+    as_json: bool,
 ) -> int:
     """Look into a network or an artifact."""
+    if not groups and (data is not None or out is not None):
+        raise RecipeError(
+            f"{'--out' if data is None else '--data'} is for --groups; give that, too"
+        )
+    if out is not None and out.suffix != ".svg":
+        raise RecipeError(f"--out {str(out)!r} must end in .svg, which is what is drawn")
     if Path(subject).is_dir():
+        if groups:
+            raise ModelError(
+                "--groups follows the channels of a network in Python, such as FILE.py:FACTORY; "
+                f"{subject!r} is a folder"
+            )
         return _artifact(subject, verify, as_json)
     if verify:
         raise ModelError(f"--verify is for artifacts; {subject!r} is not a folder")
@@ -28,6 +47,10 @@ def inspect(
     model = pipeline.load(subject, weights=weights, partial=partial)
     for note in model.notes:
         tell(note)
+    if groups:
+        from tersor import _cli_groups
+
+        return _cli_groups.groups(model, data=data, out=out, as_json=as_json)
     found = of_net(model.net)
     layers = _layers(found)
     if as_json:

@@ -55,7 +55,9 @@ Target = Annotated[
 ]
 Threads = Annotated[int | None, option("--threads", "N", THREADS, min=0)]
 Batch = Annotated[int, option("--batch", "N", BATCH, min=1, show_default=True)]
-Weights = Annotated[Path | None, option("--weights", "FILE", "a .safetensors file for the network")]
+Weights = Annotated[
+    Path | None, option("--weights", "FILE", "a .safetensors file for the network, or an artifact")
+]
 Partial = Annotated[bool, option("--partial", None, "load the weights that fit, say what did not")]
 Resume = Annotated[bool, option("--resume", None, "go on with a run that was interrupted")]
 Json = Annotated[bool, option("--json", None, "one JSON document on stdout")]

@@ -411,7 +411,10 @@ def show(
 
 @app.command(
     short_help="show layers, parameters, sizes and sparsity",
-    epilog=example("tersor inspect tersor.demo.network:trained"),
+    epilog=example(
+        "tersor inspect tersor.demo.network:trained",
+        "tersor inspect tersor.demo.network:trained --data digits --groups --out g.svg",
+    ),
 )
 def inspect(
     subject: Subject,
@@ -420,6 +423,11 @@ def inspect(
     verify: Annotated[
         bool, option("--verify", None, "compare an artifact's files with their hashes")
     ] = False,
+    groups: Annotated[
+        bool, option("--groups", None, "list the channels that must be cut together")
+    ] = False,
+    data: Annotated[str | None, option("--data", "DATA", f"what --groups runs on: {DATA}")] = None,
+    out: Annotated[Path | None, option("--out", "FILE.svg", "draw the groups, too")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -428,7 +436,14 @@ def inspect(
 
     del debug
     code = _cli_inspect.inspect(
-        subject, weights=weights, partial=partial, verify=verify, as_json=json
+        subject,
+        weights=weights,
+        partial=partial,
+        verify=verify,
+        groups=groups,
+        data=data,
+        out=out,
+        as_json=json,
     )
     raise typer.Exit(code)
 

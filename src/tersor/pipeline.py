@@ -37,7 +37,7 @@ def load(source: str, *, weights: str | Path | None = None, partial: bool = Fals
 
     Args:
         source: "package.module:factory", "file.py:factory", "x.pt2", "x.onnx", or "SOURCE:place".
-        weights: A .safetensors file for a module.
+        weights: A .safetensors file for a module, or an artifact made from it.
         partial: Load the weights that fit, and say in `Model.notes` what did not.
 
     Raises:

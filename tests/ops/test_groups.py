@@ -114,7 +114,7 @@ def test_every_kind_of_layer() -> None:
         "3 channels out of grouped, excite, shared through norm, depthwise into squeeze, shared, up",
         "6 channels out of squeeze into excite",
         "5 channels out of up into up_grouped",
-        "4 channels out of up_grouped into last",
+        "4 channels out of up_grouped through scale into last",
     ]
 
 

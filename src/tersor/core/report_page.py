@@ -11,6 +11,7 @@ from typing import Any
 from tersor.core.metric import Measurement
 from tersor.core.report import Report, StageReport
 from tersor.core.report_picture import corner, draw, x_metric
+from tersor.core.report_sensitivity import Sensitivity, same, sensitivities
 from tersor.core.report_text import recipe_text
 from tersor.core.report_view import (
     change,
@@ -204,8 +205,10 @@ def _stages(report: Report) -> list[str]:
         if now is not None:
             good = find(stage.measurements, quality)
             lines.append(_bar(now, longest, stage.verdict, original, good))
-        details = _details(stage, figures[number - 1])
-        lines += [f'<p class="reason">{escape(stage.reason)}</p>', *details, "</li>"]
+        lines.append(f'<p class="reason">{escape(stage.reason)}</p>')
+        for each in sensitivities(stage):
+            lines += _sensitivity(each)
+        lines += [*_details(stage, figures[number - 1]), "</li>"]
     return [*lines, "</ol>"]
 
 
@@ -251,6 +254,39 @@ def _bar(
         f'<div class="length"><svg width="100%" height="14" role="img" aria-label="{label}">'
         f'{"".join(shapes)}</svg><span class="figures">{" ".join(beside)}</span></div>'
     )
+
+
+def _sensitivity(found: Sensitivity) -> list[str]:
+    """Draw what each layer loses with each setting: a table whose shades are the picture."""
+    settings, chosen = found.settings, found.chosen
+    heads = [_say("layer"), *map(escape, settings), *([_say("chosen")] if chosen else [])]
+    rows = []
+    for layer, losses in found.losses.items():
+        taken = chosen.get(layer)
+        cells = [
+            _heat(found, losses.get(s), taken is not None and same(s, taken)) for s in settings
+        ]
+        cells += [f'<td class="taken">{escape(taken or "-")}</td>'] if chosen else []
+        rows.append(f'<tr><th scope="row">{escape(layer)}</th>{"".join(cells)}</tr>')
+    words = (say("sensitivity", lang, technique=found.technique) for lang in LANGUAGES)
+    fragment = f'<p>{_say("fragment")}</p><pre class="paste">{escape(found.fragment)}</pre>'
+    return [
+        f"<details open><summary>{_both(*words)}</summary>",
+        f'<p class="note">{_say("sensitivity_note")}{_say("chosen_note") if chosen else ""}</p>',
+        '<div class="scroll"><table class="heat"><thead><tr>',
+        *(f'<th scope="col">{head}</th>' for head in heads),
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
+        fragment if found.fragment else "",
+        "</details>",
+    ]
+
+
+def _heat(found: Sensitivity, loss: float | None, taken: bool) -> str:
+    if loss is None:
+        return "<td>-</td>"
+    mark = ' class="chosen"' if taken else ""
+    shade = f"--heat:{90 * found.heat(loss):.0f}%"
+    return f'<td{mark} style="{shade}">{human(loss, "1")}</td>'
 
 
 def _details(stage: StageReport, figures: Sequence[Measurement]) -> list[str]:

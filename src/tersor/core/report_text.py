@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import yaml
 
 from tersor.core.report import Report, StageReport
+from tersor.core.report_sensitivity import sensitivities
 from tersor.core.report_view import change, figure, flat, headline, limited, pairs, stage_figures
 from tersor.core.report_words import Language, human, human_seconds, metric_word, say
 from tersor.core.schema import to_plain
@@ -86,7 +87,7 @@ def _stages(report: Report, lang: Language) -> str:
             (str(number), _code(stage.name), verdict, "; ".join(measured), took, stage.reason)
         )
     table = _table(head, rows)
-    return "\n\n".join([table, *_attempts(stages, lang)])
+    return "\n\n".join([table, *_attempts(stages, lang), *_fragments(stages, lang)])
 
 
 def _attempts(stages: Sequence[StageReport], lang: Language) -> list[str]:
@@ -97,6 +98,12 @@ def _attempts(stages: Sequence[StageReport], lang: Language) -> list[str]:
         for attempt in stage.attempts
     ]
     return [f"{say('attempts', lang)}:", "\n".join(lines)] if lines else []
+
+
+def _fragments(stages: Sequence[StageReport], lang: Language) -> list[str]:
+    """Write what a search over layers chose as steps that can be pasted into a recipe."""
+    found = [each.fragment for stage in stages for each in sensitivities(stage) if each.recipe]
+    return [part for text in found for part in (say("fragment", lang), _block(text, "yaml"))]
 
 
 def _limits(report: Report, lang: Language) -> list[str]:

@@ -37,6 +37,23 @@ class Group:
         return (*self.layers("out"), *self.layers("hidden")) or self.layers("dim")
 
     @property
+    def passed(self) -> tuple[str, ...]:
+        """The layers, or bare parameters, that these channels pass through, each by itself."""
+        bare = (p for p in self.layers("dim") if p not in self.makers)
+        through = (p for side in ("both", "norm", "depthwise") for p in self.layers(side))
+        return tuple(dict.fromkeys([*through, *bare]))
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The layers that sum over these channels."""
+        return self.layers("in")
+
+    @property
+    def stays(self) -> str | None:
+        """Why none of these channels can be cut; None: some can."""
+        return self.protected or ("it is the only channel" if self.size == 1 else None)
+
+    @property
     def size(self) -> int:
         """How many channels."""
         return len(next(iter(self.indices.values())))
@@ -53,11 +70,10 @@ class Group:
 
     def __str__(self) -> str:
         parts = [f"out of {', '.join(self.makers)}"]
-        passed = (*self.layers("both"), *self.layers("norm"), *self.layers("depthwise"))
-        if passed:
-            parts.append(f"through {', '.join(passed)}")
-        if self.layers("in"):
-            parts.append(f"into {', '.join(self.layers('in'))}")
+        if self.passed:
+            parts.append(f"through {', '.join(self.passed)}")
+        if self.readers:
+            parts.append(f"into {', '.join(self.readers)}")
         tail = f"; protected: {self.protected}" if self.protected else ""
         return f"{self.size} channels {' '.join(parts)}{tail}"
 
@@ -76,6 +92,16 @@ class Coupling:
     """Where each channel is found."""
     groups: tuple[Group, ...]
     """In the order of the graph; protected ones, too."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many channels lie in groups that can be cut, and how many there are."""
+        return sum(g.size for g in self.groups if not g.stays), sum(g.size for g in self.groups)
+
+    def _repr_html_(self) -> str:
+        from tersor.ops.group_picture import draw  # draws what this file defines
+
+        return draw(self)
 
     def macs(self, removal: Removal = ()) -> int:
         """Count the multiply-accumulates of one sample: layers, and products of tensors."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
+from tersor.core.artifact import Artifact
 from tersor.core.errors import ModelError
 from tersor.core.imports import call_object
 from tersor.core.model import Model, Source
@@ -15,7 +16,8 @@ def load(place: str, *, weights: Path | None = None, partial: bool = False) -> M
 
     Args:
         place: "file.py:factory" or "package.module:factory"; the factory needs no argument.
-        weights: A .safetensors file; else the weights are those that the factory leaves.
+        weights: A .safetensors file, or an artifact made from this network: its layers and
+            weights, as they were before the export. Else those that the factory leaves.
         partial: Load the weights that fit, and say in `Model.notes` what did not.
 
     Raises:
@@ -29,10 +31,35 @@ def load(place: str, *, weights: Path | None = None, partial: bool = False) -> M
         )
     if not isinstance(net, nn.Module):
         raise ModelError(f"factory {place!r} returned {type(net).__name__}, not an nn.Module")
-    notes = () if weights is None else load_weights(net, Path(weights), partial=partial)
+    notes: tuple[str, ...] = ()
+    if weights is not None and Path(weights).is_dir():
+        net = _compressed(net, Path(weights))
+    elif weights is not None:
+        notes = load_weights(net, Path(weights), partial=partial)
     net.eval()
     check_finite(net.state_dict().items(), f"network {place!r}")
     return Model(net=net, form="module", origin=f"module:{place}", notes=notes)
+
+
+def _compressed(net: nn.Module, folder: Path) -> nn.Module:
+    """Build the network of an artifact again, on the one that it was made from."""
+    from tersor.ops import edits
+
+    artifact = Artifact.open(folder, check="hashes")
+    stored = artifact.path / "network"
+    if not (stored / "network.json").is_file():
+        raise ModelError(
+            f"artifact {str(folder)!r} holds no network to go on from: no stage changed it, or it "
+            "was made from an exported program or ONNX"
+        )
+    try:
+        return edits.replay(stored, net)
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"artifact {str(folder)!r} does not fit this network ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}); give the factory that it was made from: "
+            f"{artifact.describe().get('origin')}"
+        ) from error
 
 
 SOURCE = Source(load=load)
