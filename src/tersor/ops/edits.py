@@ -190,6 +190,14 @@ def replay(folder: Path, original: nn.Module | None) -> nn.Module:
     return net.eval()
 
 
+def differing(folder: Path, net: nn.Module) -> list[str]:
+    """Name the tensors that a stored network and the one replayed from it do not share."""
+    plain = json.loads((folder / "network.json").read_text(encoding="utf-8"))
+    shapes = {name: list(t.shape) for name, t in _tensors(net).items()}
+    names = sorted({*shapes, *plain["shapes"]})
+    return [name for name in names if shapes.get(name) != plain["shapes"].get(name)]
+
+
 def _tensors(net: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer, also those outside the state dict; shared ones once."""
     found: dict[str, Tensor] = {}

@@ -52,14 +52,18 @@ def _compressed(net: nn.Module, folder: Path) -> nn.Module:
             f"artifact {str(folder)!r} holds no network to go on from: no stage changed it, or it "
             "was made from an exported program or ONNX"
         )
+    cause: Exception | None = None
     try:
-        return edits.replay(stored, net)
+        made = edits.replay(stored, net)
+        other = edits.differing(stored, made)
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        cause, other = error, [f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"]
+    if other:
         raise ModelError(
-            f"artifact {str(folder)!r} does not fit this network ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}); give the factory that it was made from: "
-            f"{artifact.describe().get('origin')}"
-        ) from error
+            f"artifact {str(folder)!r} was not made from this network ({other[0]}); give the "
+            f"factory that it was made from: {artifact.describe().get('origin')}"
+        ) from cause
+    return made
 
 
 SOURCE = Source(load=load)
