@@ -11,7 +11,7 @@ import yaml
 from tersor.core.recipe import Recipe
 from tersor.core.report import Report, StageReport
 from tersor.core.report_page import to_html
-from tersor.core.report_sensitivity import Sensitivity, same, sensitivities
+from tersor.core.report_sensitivity import Sensitivity, sensitivities
 from tersor.core.report_text import to_markdown
 from tests.core.report_sample import report
 from tests.core.test_report import checked
@@ -86,11 +86,17 @@ def test_a_choice_by_pattern_and_between_the_columns() -> None:
     rules = ["a.x=0.3", "a.*=0.50", "b[0]=0"]
     each = found(losses, {"channels": {"ratios": rules, "multiple": 8}})
     assert each.chosen == {"a.x": "0.3", "a.y": "0.50", "b[0]": "0"}
-    page = drawn(losses, each.recipe)
-    assert [text for _, text in cells(page, "a.x")] == ["1", "2", "0.3"]
-    assert page.count('class="chosen"') == 1  # a.y: 0.50 is 0.5
-    assert same("0.5", "0.50")
-    assert not same("l1", "l2")
+    assert each.marked("a.x") == ("0.25", False)
+    assert each.marked("a.y") == ("0.5", True)  # 0.50 is 0.5
+    cell, other, taken = cells(drawn(losses, each.recipe), "a.x")
+    assert cell == (' class="chosen near" style="--heat:0%"', "1")
+    assert other == (' style="--heat:90%"', "2")
+    assert taken == (' class="taken"', "0.3")
+
+
+def test_settings_that_are_words_are_equal_or_not() -> None:
+    each = found({"a": {"l1": 1.0}, "b": {"l1": 1.0}}, {"x": {"by": ["a=l1", "b=l2"]}})
+    assert (each.marked("a"), each.marked("b")) == (("l1", True), None)
 
 
 def test_settings_keep_the_order_of_the_layer_that_has_most() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from tersor.core.metric import Measurement
 from tersor.core.report import Report, StageReport
 from tersor.core.report_picture import corner, draw, x_metric
-from tersor.core.report_sensitivity import Sensitivity, same, sensitivities
+from tersor.core.report_sensitivity import Sensitivity, sensitivities
 from tersor.core.report_text import recipe_text
 from tersor.core.report_view import (
     change,
@@ -262,11 +262,10 @@ def _sensitivity(found: Sensitivity) -> list[str]:
     heads = [_say("layer"), *map(escape, settings), *([_say("chosen")] if chosen else [])]
     rows = []
     for layer, losses in found.losses.items():
-        taken = chosen.get(layer)
-        cells = [
-            _heat(found, losses.get(s), taken is not None and same(s, taken)) for s in settings
-        ]
-        cells += [f'<td class="taken">{escape(taken or "-")}</td>'] if chosen else []
+        marked, exact = found.marked(layer) or ("", True)
+        frames = {marked: ' class="chosen"' if exact else ' class="chosen near"'}
+        cells = [_heat(found, losses.get(s), frames.get(s, "")) for s in settings]
+        cells += [f'<td class="taken">{escape(chosen.get(layer, "-"))}</td>'] if chosen else []
         rows.append(f'<tr><th scope="row">{escape(layer)}</th>{"".join(cells)}</tr>')
     words = (say("sensitivity", lang, technique=found.technique) for lang in LANGUAGES)
     fragment = f'<p>{_say("fragment")}</p><pre class="paste">{escape(found.fragment)}</pre>'
@@ -281,12 +280,11 @@ def _sensitivity(found: Sensitivity) -> list[str]:
     ]
 
 
-def _heat(found: Sensitivity, loss: float | None, taken: bool) -> str:
+def _heat(found: Sensitivity, loss: float | None, frame: str) -> str:
     if loss is None:
-        return "<td>-</td>"
-    mark = ' class="chosen"' if taken else ""
+        return f"<td{frame}>-</td>"
     shade = f"--heat:{90 * found.heat(loss):.0f}%"
-    return f'<td{mark} style="{shade}">{human(loss, "1")}</td>'
+    return f'<td{frame} style="{shade}">{human(loss, "1")}</td>'
 
 
 def _details(stage: StageReport, figures: Sequence[Measurement]) -> list[str]:

@@ -8,6 +8,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import yaml
@@ -32,7 +33,7 @@ class Sensitivity:
         longest = max(self.losses.values(), key=len)
         return list(dict.fromkeys([*longest, *(s for own in self.losses.values() for s in own)]))
 
-    @property
+    @cached_property
     def chosen(self) -> dict[str, str]:
         """Return what the recipe says about each layer; of several entries the first that fits."""
         rules = [_parse(entry) for entry in _entries(self.recipe)]
@@ -41,6 +42,14 @@ class Sensitivity:
             for layer in self.losses
             if any(_fits(layer, name) for name, _ in rules)
         }
+
+    def marked(self, layer: str) -> tuple[str, bool] | None:
+        """Return the setting next to what was chosen for a layer, and whether it is that."""
+        taken = self.chosen.get(layer)
+        if taken is None:
+            return None
+        far, nearest = min((_distance(taken, each), each) for each in self.losses[layer])
+        return (nearest, far == 0) if far < math.inf else None
 
     @property
     def fragment(self) -> str:
@@ -55,9 +64,13 @@ class Sensitivity:
         """Place a loss between the smallest, 0, and the largest, 1, on a logarithmic scale."""
         if loss <= 0:
             return 0.0
-        found = [v for own in self.losses.values() for v in own.values() if v is not None and v > 0]
-        low, high = math.log(min(found)), math.log(max(found))
+        low, high = self._ends
         return (math.log(loss) - low) / (high - low) if high > low else 1.0
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        logs = [math.log(v) for own in self.losses.values() for v in own.values() if v and v > 0]
+        return min(logs), max(logs)
 
 
 def sensitivities(stage: StageReport) -> list[Sensitivity]:
@@ -73,12 +86,12 @@ def sensitivities(stage: StageReport) -> list[Sensitivity]:
     return found
 
 
-def same(a: str, b: str) -> bool:
-    """Tell whether two settings are one: "0.5" is "0.50"."""
+def _distance(a: str, b: str) -> float:
+    """Return how far two settings are apart: "0.5" is "0.50"; words are equal or not."""
     try:
-        return float(a) == float(b)
+        return abs(float(a) - float(b))
     except ValueError:
-        return a == b
+        return 0.0 if a == b else math.inf
 
 
 def _are_losses(given: Any) -> TypeGuard[dict[str, dict[str, float | None]]]:
