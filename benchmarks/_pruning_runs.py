@@ -230,7 +230,7 @@ def as_it_is(net: nn.Module, given: Given) -> tuple[nn.Module, dict[str, Any]]:
 
 INNER = ("!conv1", "!*.conv2")
 """All but the layers that write to the shortcuts."""
-DEFAULT = "tersor taylor global_normalized inner"
+DEFAULT = "tersor taylor per_cost inner"
 """Whose architecture is trained from scratch: the best of ours before recovery, on validation."""
 METHODS: dict[str, Method] = {
     "original": Method(cut=as_it_is, steered="nothing"),
@@ -249,8 +249,8 @@ METHODS: dict[str, Method] = {
                 )
             )
         )
-        for importance in ("l1", "l2", "taylor")
-        for ranking in ("local", "global", "global_normalized")
+        for importance in ("l1", "l2", "taylor", "fisher")
+        for ranking in ("local", "global", "global_normalized", "per_cost")
         for inner in (False, True)
     },
     "torch-pruning l1": Method(cut=torch_pruning("l1", everything=True)),

@@ -20,7 +20,7 @@ from tersor.ops.losses import first_output
 from tersor.ops.precision_note import carry_precision
 
 Importance = Literal["l1", "l2", "taylor", "fisher", "bn_scale", "fpgm", "activation", "random"]
-Ranking = Literal["local", "global", "global_normalized", "sensitivity"]
+Ranking = Literal["local", "global", "global_normalized", "per_cost", "sensitivity"]
 
 _TOLERANCE = 1e-3
 """Sums of fewer terms round differently; a wrong cut is off by the outputs' own size."""
@@ -121,14 +121,27 @@ def at_ratio(
     *,
     ranking: Ranking,
     multiple: int,
+    costs: Sequence[float] = (),
 ) -> Removal:
-    """Remove a share of the channels, the least important first; every group keeps some."""
+    """Remove a share of the channels, the least important first; every group keeps some.
+
+    Args:
+        groups: Those that may be cut.
+        scores: Of each group's channels.
+        ratio: Share of all channels, in [0, 1].
+        ranking: Local, or over all groups together.
+        multiple: What a layer keeps is rounded up to this.
+        costs: For per_cost: what one channel of each group costs.
+    """
     if ranking == "local":
         wanted = [int(ratio * g.size + 1e-9) for g in groups]
     else:
-        flat = torch.cat([s / s.mean().clamp_min(1e-30) for s in scores])
         if ranking == "global":
             flat = torch.cat(list(scores))
+        else:
+            prices = costs if ranking == "per_cost" else [1.0] * len(scores)
+            parts = [s / s.mean().clamp_min(1e-30) for s in scores]
+            flat = torch.cat([s / price for s, price in zip(parts, prices, strict=True)])
         gone = torch.zeros(len(flat), dtype=torch.bool)
         gone[flat.argsort(stable=True)[: int(ratio * len(flat) + 1e-9)]] = True
         wanted = [int(part.sum()) for part in torch.split(gone, [g.size for g in groups])]

@@ -143,7 +143,7 @@ def assigned(
     found = []
     for group, score in zip(groups, scores, strict=True):
         share = next((r for p, r in parsed if fnmatch.fnmatchcase(group.name, p)), 0.0)
-        gone = least(group, score, int(share * group.size + 1e-9), multiple) if share else []
+        gone = least(group, score, round(share * group.size), multiple) if share else []
         found.append((group, gone))
     return found
 

@@ -49,7 +49,8 @@ class Channels:
     activations (activation), or any (random)."""
     ranking: Ranking = "local"
     """local: the same share of each group; global: the least important of all groups together;
-    global_normalized: the same with each group's scores divided by their mean; sensitivity: each
+    global_normalized: the same with each group's scores divided by their mean; per_cost: that,
+    divided by the multiply-accumulates (or parameters) of a channel; sensitivity: each
     group's own share, by what cutting it alone does to the outputs on calibration data."""
     ratios: tuple[str, ...] = ()
     """Shares by pattern over groups, as `"layer1.*=0.25"`, the first that fits, in the place of a
@@ -203,8 +204,9 @@ def _choose(
         removal = _until(share, at, 1 - part * (1 - target), config, name)
     _check_not_nothing(groups, removal, config)
     if config.ranking == "sensitivity":
-        shares = [f"{g.name}={len(gone) / g.size:.4g}" for g, gone in removal if gone]
-        context.record(recipe={"channels": {"multiple": config.multiple, "ratios": shares}})
+        shares = [f"{g.name}={len(gone) / g.size:.6g}" for g, gone in removal if gone]
+        fragment = {"importance": config.importance, "multiple": config.multiple, "ratios": shares}
+        context.record(recipe={"channels": fragment})
     return removal
 
 
@@ -218,12 +220,24 @@ def _cuts(
     """Return the cuts from the mildest (0) to the hardest (1)."""
     ranking, multiple = config.ranking, config.multiple
     if ranking != "sensitivity" or config.ratios:
-        return lambda far: at_ratio(groups, scores, far, ranking=ranking, multiple=multiple)
+        costs = _costs(coupling, groups, config) if ranking == "per_cost" else ()
+        return lambda far: at_ratio(
+            groups, scores, far, ranking=ranking, multiple=multiple, costs=costs
+        )
     losses = scan(coupling, groups, scores, context, multiple)
     context.record(
         sensitivities={n: {f"{r:g}": loss for r, loss in own.items()} for n, own in losses.items()}
     )
     return allocate(coupling, groups, scores, losses, multiple)
+
+
+def _costs(coupling: Coupling, groups: Sequence[Group], config: Channels) -> list[float]:
+    """Return what a channel of each group costs: parameters where they are asked for, else MACs."""
+    whole: Removal = ()
+    if config.parameters is not None:
+        full = parameters(coupling.captured, whole)
+        return [float(full - parameters(coupling.captured, [(g, [0])])) for g in groups]
+    return [float(coupling.macs() - coupling.macs([(g, [0])])) for g in groups]
 
 
 def _channels_left(groups: Sequence[Group]) -> Callable[[Removal], float]:
