@@ -101,9 +101,9 @@ def stored(file: Path) -> list[dict[str, Any]]:
 
 
 def store(file: Path, row: dict[str, Any]) -> None:
-    """Add a row to a report."""
-    rows = [*stored(file), row]
-    rows.sort(key=lambda r: (r["part"], r["network"], r["way"], r["seed"]))
+    """Add a row to a report, in place of one of the same way and seed."""
+    found = {_key(old): old for old in [*stored(file), row]}
+    rows = [found[key] for key in sorted(found)]
     result = {
         "command": "python benchmarks/unstructured.py",
         "left": LEFT,
@@ -114,6 +114,10 @@ def store(file: Path, row: dict[str, Any]) -> None:
     aside = file.with_suffix(".tmp")
     aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     aside.replace(file)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str, int]:
+    return row["part"], row["network"], row["way"], row["seed"]
 
 
 def measured(network: str, stage: list[Any], seed: int) -> dict[str, Any]:
