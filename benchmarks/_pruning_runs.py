@@ -230,7 +230,7 @@ def as_it_is(net: nn.Module, given: Given) -> tuple[nn.Module, dict[str, Any]]:
 
 INNER = ("!conv1", "!*.conv2")
 """All but the layers that write to the shortcuts."""
-DEFAULT = "tersor taylor per_cost inner"
+DEFAULT = "tersor fisher per_cost inner"
 """Whose architecture is trained from scratch: the best of ours before recovery, on validation."""
 METHODS: dict[str, Method] = {
     "original": Method(cut=as_it_is, steered="nothing"),
