@@ -106,3 +106,41 @@ def test_forward_that_fails_is_named():
 
     with pytest.raises(ModelError, match=r"forward of Wrong cannot be captured at .*RuntimeError"):
         capture(Wrong(), inputs(2, 3))
+
+
+@torch.fx.wrap
+def hidden(x: Tensor) -> Tensor:
+    """A function that fx is told not to look into."""
+    return x * 2 if x.shape[1] > 1 else x
+
+
+class Unusual(nn.Module):
+    """Buffers, item assignment, a device's name, wrapped functions and an argument with a default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(12.0).reshape(1, 12), persistent=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = hidden(x) + self.table.expand(x.shape[0], -1)[:, : x.shape[1]]
+        y[:, 0] = 0.0
+        if mask is not None:
+            y = y * mask
+        with torch.autocast(x.device.type, enabled=False):
+            return y + 1
+
+
+def test_what_fx_does_not_see():
+    net = Unusual().eval()
+    x = torch.randn(2, 3)
+    captured = capture(net, Inputs(example={"x": x}, dynamic={"x": {0: "batch"}}))
+    other = torch.randn(5, 3)
+    torch.testing.assert_close(captured(x=other), net(other))
+    names = [(n.op, str(n.target)) for n in captured.graph.nodes]
+    assert ("get_attr", "table") in names
+    assert ("placeholder", "x") in names
+    assert not any(op == "placeholder" and name == "mask" for op, name in names)
+    assert any("setitem" in name for _, name in names)
+    assert not any(name.endswith("hidden") for _, name in names)
+    fitting = capture(net, Inputs(example={"x": x, "mask": torch.ones(2, 3)}))
+    torch.testing.assert_close(fitting(x=x, mask=torch.ones(2, 3)), net(x, torch.ones(2, 3)))

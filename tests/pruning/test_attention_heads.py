@@ -62,8 +62,8 @@ def test_bad_settings(tiny_context: Make) -> None:
     layers = Layers(patterns=("qkw",))
     with pytest.raises(StepError, match=r"'qkw' matches no layer .* Did you mean 'qkv'"):
         attention_heads(net, AttentionHeads(layers=layers), tiny_context(net))
+    config = AttentionHeads(importance="taylor")
     with pytest.raises(DataError, match=r"importance taylor needs calibration data with labels"):
-        config = AttentionHeads(importance="taylor")
         attention_heads(net, config, tiny_context(net, data=Data()))
 
 

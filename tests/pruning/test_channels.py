@@ -125,6 +125,17 @@ def test_a_silent_group_is_the_least_sensitive(tiny_context: Make) -> None:
     assert min(losses, key=lambda n: losses[n]) == "block3.conv1"
 
 
+def test_per_cost_takes_what_saves_most(tiny_context: Make) -> None:
+    """With equal scores the channels go that save most: here of the first, large grid."""
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    config = Channels(macs=0.8, importance="random", ranking="per_cost", multiple=1)
+    channels(net, config, context)
+    left = {n: int(t.split(" -> ")[-1]) for n, t in context.facts["groups"].items()}
+    # a channel of block1.conv1 costs 2 * 8 * 9 * 64, one of block2.conv1 9 * (8 + 16) * 16
+    assert left["block1.conv1"] / 8 < left["block2.conv1"] / 16
+
+
 def test_latency_is_measured(tiny_context: Make) -> None:
     net = networks.tiny_cnn(width=16)
 
