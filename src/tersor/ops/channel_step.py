@@ -12,6 +12,16 @@ Shape = tuple[int, ...]
 class Step:
     """A node: its operands, what their dimensions hold, and what is found out about it."""
 
+    flow: Flow
+    captured: fx.GraphModule
+    net: nn.Module
+    node: fx.Node
+    values: dict[fx.Node, Value]
+    sources: list[fx.Node]
+    dims: list[Dims]
+    shapes: list[Shape]
+    shape: Shape | None
+
     def __init__(
         self,
         flow: Flow,
@@ -22,12 +32,10 @@ class Step:
     ) -> None:
         self.flow, self.captured, self.net, self.node = flow, captured, net, node
         self.values = values
-        self.sources: list[fx.Node] = [
-            n for n in node.all_input_nodes if n.meta.get("shape") is not None
-        ]
+        self.sources = [n for n in node.all_input_nodes if n.meta.get("shape") is not None]
         self.dims = [self.of(n) for n in self.sources]
-        self.shapes: list[Shape] = [n.meta["shape"] for n in self.sources]
-        self.shape: Shape | None = node.meta.get("shape")
+        self.shapes = [n.meta["shape"] for n in self.sources]
+        self.shape = node.meta.get("shape")
 
     @property
     def name(self) -> str:

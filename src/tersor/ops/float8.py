@@ -37,6 +37,9 @@ class _Float8(nn.Module):
 class Float8Linear(_Float8):
     """Linear with weights in 8-bit floating point, one scale for each output."""
 
+    in_features: int
+    out_features: int
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, format: str = "fp8_e4m3"
     ) -> None:
@@ -56,6 +59,14 @@ class Float8Linear(_Float8):
 
 class Float8Conv(_Float8):
     """Conv1d or Conv2d, by the length of `kernel_size`, with weights in 8-bit floating point."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
 
     def __init__(
         self,

@@ -20,6 +20,10 @@ class PartialLayerNorm(nn.Module):
         affine: Whether there are weight and bias.
     """
 
+    channels: int
+    gone: int
+    eps: float
+    affine: bool
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 

@@ -1,6 +1,7 @@
 """What a network is worth on a split, in memory: one number, higher is better, to decide by."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,12 @@ class Judge:
 
     kind: str
     """quality, accuracy or fidelity."""
+    batches: Iterable[Batch]
+    own: Callable[[Any, Any], float] | None
+    labels: Tensor | None
+    wanted: Tensor
+    reference: float
+    """Of the reference itself."""
 
     def __init__(self, data: Data, reference: nn.Module) -> None:
         if data.validation is None:
@@ -44,7 +51,6 @@ class Judge:
         else:
             self.kind = "fidelity"
         self.reference = self._score(self.wanted)
-        """Of the reference itself."""
 
     def score(self, net: nn.Module) -> float:
         """Run the split and return the number."""

@@ -158,10 +158,14 @@ class Races:
     are, so that layers of one shape have one fate.
     """
 
+    file: Path
+    fresh: bool
+    measured: dict[str, Race]
+
     def __init__(self, *, fresh: bool = False) -> None:
         self.file = native.cache_folder() / f"sparse-races-{_machine()}.json"
         self.fresh = fresh
-        self.measured: dict[str, Race] = {}
+        self.measured = {}
 
     def run(self, shape: Shape, zeros: Sequence[float], threads: int) -> list[Race]:
         """Return a race for each percent of zeros, measured where it is not known.
