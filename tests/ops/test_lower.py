@@ -102,3 +102,41 @@ def test_an_operator_without_translation_is_named():
     ways = Inputs(example={"x": torch.randn(2, 3, 3)})
     with pytest.raises(ModelError, match="cannot be written as ONNX"):
         lower(Odd().eval(), "onnx", ways)
+
+
+DIRECTLY = {
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, 2), (2, 3, 8, 8)),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 2), (2, 3, 8, 8)),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 2), (2, 3, 8, 8)),
+    "cat": (lambda x: torch.cat([x, x], 1), (2, 3)),
+    "embedding": (lambda x: F.embedding((x > 0).long(), torch.ones(2, 4)), (2, 3)),
+    "expand": (lambda x: x[:, None].expand(-1, 5, -1), (2, 3)),
+    "gelu": (F.gelu, (2, 3)),
+    "hardtanh": (F.relu6, (2, 3)),
+    "layer_norm": (lambda x: F.layer_norm(x, (3,)), (2, 3)),
+    "mean": (lambda x: x.mean((2, 3)), (2, 3, 8, 8)),
+    "new_zeros": (lambda x: torch.cat([x, x.new_zeros(x.shape)], 1), (2, 3)),
+    "pad": (lambda x: F.pad(x, (1, 2)), (2, 3)),
+    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), (2, 3, 4, 8)),
+    "select": (lambda x: x[:, 1] + x.unbind(1)[0], (2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTLY)
+def test_what_is_written_without_decomposition(name: str) -> None:
+    """Alone, so that no operator beside it asks for a decomposition of the whole."""
+    pytest.importorskip("onnxruntime")
+    call, shape = DIRECTLY[name]
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x)
+
+    x = torch.randn(shape)
+    model = lower(Net().eval(), "onnx", Inputs(example={"x": x}, dynamic={"x": {0: "batch"}}))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    x = torch.randn(5, *shape[1:])
+    (found,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), call(x), rtol=1e-4, atol=1e-5)

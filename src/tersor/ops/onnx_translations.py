@@ -20,7 +20,6 @@ DIRECT = frozenset(
         *(
             f"aten.{name}"
             for name in (
-                "adaptive_avg_pool2d.default",
                 "add.Tensor",
                 "avg_pool2d.default",
                 "cat.default",
