@@ -315,6 +315,8 @@ def channels(net: nn.Module, entry: Entry) -> int:
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             made = getattr(module, "out_features", None) or module.out_channels  # type: ignore[union-attr]
             count += 0 if made == entry.classes else made
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            count += module.in_proj_weight.shape[0]
         elif isinstance(module, nn.RNNBase):
             count += module.hidden_size * module.num_layers
     return count
@@ -356,7 +358,8 @@ def reading(net: nn.Module, name: str) -> int | None:
 
 def removed(original: nn.Module, net: nn.Module) -> dict[str, dict[int, list[int]]]:
     """For each parameter that shrank, the places that are gone, by dimension."""
-    after = dict(net.named_parameters())
+    # attention modules are split: their projections are then layers of their own
+    after = {n.replace("in_projection.", "in_proj_"): p for n, p in net.named_parameters()}
     gone: dict[str, dict[int, list[int]]] = {}
     for name, tensor in original.named_parameters():
         if name not in after:

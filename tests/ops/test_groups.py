@@ -356,3 +356,63 @@ def test_a_layer_norm_counts_what_is_gone_as_zero() -> None:
     zeroed[:, kept] = x[:, kept]
     torch.testing.assert_close(part(x[:, kept]), whole(zeroed)[:, kept])
     assert part.arguments() == {"channels": 5, "gone": 3, "eps": 1e-5, "affine": True}
+
+
+def in_place(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    y.relu_()
+    return net.last(net.act(y) + y)
+
+
+def negative(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.a(x)[:, -6:-1])
+
+
+def merged(net: Any, x: Tensor) -> Tensor:
+    """The batch lies in one dimension with the rows."""
+    return net.last(F.relu(net.a(x.reshape(-1, 4))).reshape(x.shape[0], -1, 8)).sum(1)
+
+
+def named(net: Any, x: Tensor) -> Tensor:
+    a, b = net.a(x).split([3, 5], dim=1)
+    return net.last(torch.cat([b, a], axis=1))
+
+
+def split_twice(net: Any, x: Tensor) -> Tensor:
+    a, b = net.a(x).split([4, 4], 1)
+    return net.last(a) + net.other(b)
+
+
+@pytest.mark.parametrize("call", [in_place, negative, merged, named, split_twice])
+def test_forwards_that_need_care(call: Any) -> None:
+    torch.manual_seed(0)
+    net = Rows(
+        call,
+        a=nn.Linear(4, 8),
+        act=nn.ReLU(inplace=True),
+        last=nn.Linear({negative: 5, split_twice: 4}.get(call, 8), 5),
+        other=nn.Linear(4, 5),
+    ).eval()
+    x = torch.randn(3, 2, 4) if call is merged else torch.randn(3, 4)
+    captured = capture(net, Inputs(example={"x": x}))
+    torch.testing.assert_close(captured(x=x), net(x=x))
+    groups = check_exact(net, own=False, x=x)
+    names = [g.name for g in groups]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith("a") for name in names)
+
+
+def test_macs_count_the_rows_of_a_merged_batch() -> None:
+    net = Rows(merged, a=nn.Linear(4, 8), last=nn.Linear(8, 5)).eval()
+    for batch in (2, 3):
+        coupling = coupling_of(net, x=torch.randn(batch, 6, 4))
+        assert coupling.macs() == 6 * (4 * 8 + 8 * 5)
+
+
+def test_half_precision_is_masked() -> None:
+    net = Rows(negative, a=nn.Linear(4, 8), last=nn.Linear(5, 5)).eval().bfloat16()
+    coupling = coupling_of(net, x=torch.randn(2, 4, dtype=torch.bfloat16))
+    group = next(g for g in coupling.groups if not g.protected)
+    masked, cut = coupling.masked([(group, [1])]), coupling.cut([(group, [1])])
+    x = torch.randn(2, 4, dtype=torch.bfloat16)
+    torch.testing.assert_close(cut(x=x), masked(x=x), rtol=2e-2, atol=2e-2)

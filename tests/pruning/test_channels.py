@@ -180,6 +180,8 @@ def test_ratios() -> None:
             Channels(ratios=(entry,))
     with pytest.raises(ValueError, match=r"give ratios or macs, not both"):
         Channels(ratios=("a=0.5",), macs=0.5)
+    with pytest.raises(ValueError, match=r"ranking sensitivity finds the shares of one cut"):
+        Channels(ranking="sensitivity", rounds=2)
     with pytest.raises(ValueError, match=r"ratios are reached in one cut; leave rounds at 1"):
         Channels(ratios=("a=0.5",), rounds=2)
 
@@ -373,3 +375,22 @@ def test_resnet56(workload: Callable[[str], Any], tiny_context: Make) -> None:
     assert len(context.facts["groups"]) == 27
     assert net.layer3[4].conv1.out_channels == 32
     assert context.facts["macs_after"] < 0.52 * context.facts["macs_before"]
+
+
+def test_frozen_parameters_are_scored_and_stay_frozen(tiny_context: Make) -> None:
+    net, other = networks.tiny_cnn(), networks.tiny_cnn()
+    net.requires_grad_(False)
+    config = Channels(importance="taylor", ranking="global", multiple=1)
+    made = channels(net, config, tiny_context(net))
+    wanted = channels(other, config, tiny_context(other))
+    assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in made.state_dict().items())
+    assert not any(p.requires_grad for p in made.parameters())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_rounds_reach_the_ratio(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    channels(net, Channels(ratio=0.5, rounds=4, multiple=1), context)
+    sizes = [list(map(int, t.split(" -> "))) for t in context.facts["groups"].values()]
+    assert all(2 * own[-1] == own[0] and len(own) == 5 for own in sizes)

@@ -57,6 +57,8 @@ def test_bad_input(tiny_context: Make) -> None:
     with pytest.raises(UnfitError, match=r"no batch norm of TinyTransformer scales channels"):
         slimming(net, Slimming(), tiny_context(net))
     cnn = networks.tiny_cnn()
+    with pytest.raises(UnfitError, match=r"nothing would be removed: groups have 8, 16 channels"):
+        slimming(cnn, Slimming(epochs=0, multiple=16), tiny_context(cnn))
     with pytest.raises(DataError, match=r"slimming needs training data with labels"):
         slimming(cnn, Slimming(), tiny_context(cnn, data=Data()))
     for settings, said in (

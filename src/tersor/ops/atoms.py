@@ -60,6 +60,8 @@ class Flow:
         self.numbers: list[Number] = []
         self.reads: list[Read] = []
         self.work: list[Work] = []
+        self.batch = 1
+        """Samples in the example: what a call does is shared by so many."""
         self.splits: dict[str, tuple[int, Atoms]] = {}
         """Node that splits a dimension -> in how many, and the atoms there."""
         self.calls: dict[str, str] = {}

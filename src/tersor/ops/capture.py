@@ -50,7 +50,7 @@ def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
     captured = fx.GraphModule(tracer.root, graph, type(net).__name__)
-    captured.graph.eliminate_dead_code()
+    drop_dead(captured)
     captured.recompile()
     captured.train(net.training)
     carry_precision(net, captured)
@@ -107,6 +107,24 @@ def _nothing_wrapped() -> Iterator[None]:
         yield
     finally:
         wrapped.update(held)
+
+
+def drop_dead(captured: fx.GraphModule) -> None:
+    """Remove calls whose result nobody uses, but for those that change a tensor in place."""
+
+    def acts(node: fx.Node) -> bool:
+        name = str(getattr(node.target, "__name__", node.target))
+        layer = captured.get_submodule(name) if node.op == "call_module" else None
+        in_place = bool(node.kwargs.get("inplace")) or getattr(layer, "inplace", False)
+        in_place |= node.op in ("call_function", "call_method") and (
+            name in ("setitem", *_IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
+        )
+        return in_place or node.is_impure()
+
+    captured.graph.eliminate_dead_code(acts)
+
+
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow")
 
 
 def annotate(captured: fx.GraphModule, inputs: Inputs) -> None:

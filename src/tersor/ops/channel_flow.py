@@ -68,21 +68,25 @@ def _stuck(flow: Flow, place: int) -> list[str]:
 def _walk(captured: fx.GraphModule, net: nn.Module, choices: dict[str, int]) -> Flow:
     flow = Flow(choices)
     values: dict[fx.Node, Value] = {}
+    given = [n.meta.get("shape") for n in captured.graph.nodes if n.op == "placeholder"]
+    flow.batch = next((shape[0] for shape in given if shape), 1)
     for node in captured.graph.nodes:
         channel_sizes.note(flow, node, values)
         if node.op == "get_attr" and "shape" not in node.meta:
-            node.meta["shape"] = _bare_shape(captured, str(node.target))
+            _note_bare(captured, node)
         values[node] = _visit(Step(flow, captured, net, node, values))
     _block_tied(flow, net)
     flow.close()
     return flow
 
 
-def _bare_shape(captured: fx.GraphModule, target: str) -> tuple[int, ...] | None:
-    """Return the shape of a tensor that the graph reads by name; buffers come without a note."""
-    owner, _, leaf = target.rpartition(".")
+def _note_bare(captured: fx.GraphModule, node: fx.Node) -> None:
+    """Write shape and dtype of a tensor that the graph reads by name; buffers come without."""
+    owner, _, leaf = str(node.target).rpartition(".")
     found = getattr(captured.get_submodule(owner), leaf)
-    return tuple(found.shape) if isinstance(found, Tensor) else None
+    node.meta["shape"] = None
+    if isinstance(found, Tensor):
+        node.meta.update(shape=tuple(found.shape), dtype=found.dtype)
 
 
 def _block_tied(flow: Flow, net: nn.Module) -> None:
@@ -261,7 +265,7 @@ def _linear(step: Step, name: str, layer: nn.Linear) -> Dims:
         step.flow.port(name, "in", seen)
         step.read(step.sources[0], last, seen)
     made = step.flow.made(name, "out", layer.out_features)
-    places = math.prod(step.shapes[0][1:-1])
+    places = math.prod(step.shapes[0][:-1])
     step.work(places, made, layer.in_features if seen is None else seen)
     return {**dims, last: made}
 
@@ -276,7 +280,7 @@ def _convolution(step: Step, name: str, layer: _ConvNd) -> Dims:
     transposed = isinstance(layer, _ConvTransposeNd)
     grid = step.shapes[0] if transposed else step.shape
     assert grid is not None
-    cost = math.prod(grid[channel + 1 :]) * math.prod(layer.kernel_size)
+    cost = math.prod(grid[:channel] + grid[channel + 1 :]) * math.prod(layer.kernel_size)
     if groups > 1 and groups == layer.in_channels and not transposed:
         return _depthwise(step, name, layer, seen, channel, cost)
     made = step.flow.made(name, "out", layer.out_channels)
@@ -382,6 +386,11 @@ def _recurrent(step: Step, name: str, layer: nn.LSTM | nn.GRU) -> Value:
             step.flow.unite(hidden, dims[len(shape) - 1])
         else:
             step.block(hidden, "a state that is not channels")
+    given = step.argument(1, "hx")
+    whole = step.values.get(given) if isinstance(given, fx.Node) else None
+    for state_of in whole if isinstance(whole, tuple) else ():  # of another layer, as it is
+        assert isinstance(state_of, dict)
+        step.flow.unite(hidden, state_of[len(step.shapes[0]) - 1])
     _recurrent_work(step, layer, hidden, last)
     rank = len(step.shapes[0])
     outputs = {rank - 1: np.tile(hidden, 2 if layer.bidirectional else 1)}
@@ -391,7 +400,7 @@ def _recurrent(step: Step, name: str, layer: nn.LSTM | nn.GRU) -> Value:
 
 def _recurrent_work(step: Step, layer: nn.LSTM | nn.GRU, hidden: Atoms, seen: Atoms | None) -> None:
     shape = step.shapes[0]
-    steps = 1 if len(shape) < 3 else shape[1 if layer.batch_first else 0]
+    steps = math.prod(shape[:-1])
     directions = 2 if layer.bidirectional else 1
     cost = steps * directions * (4 if isinstance(layer, nn.LSTM) else 3)
     step.work(cost, hidden, layer.input_size if seen is None else seen)

@@ -141,7 +141,7 @@ def linear(step: Step) -> Dims:
         step.flow.unite(rows, bias[0])
     elif rows is not None and isinstance(given[2], fx.Node):
         step.block(rows, "linear with a bias that is not channels")
-    places = math.prod(given[0].meta["shape"][1:-1])
+    places = math.prod(given[0].meta["shape"][:-1])
     step.work(places, outputs if rows is None else rows, weight.get(1, inputs))
     made = {d: a for d, a in x.items() if d != last}
     return made if rows is None else {**made, last: rows}
@@ -185,7 +185,7 @@ def matmul(step: Step) -> Dims:
     if len(y) - 1 in b:
         made[rank - 1] = b[len(y) - 1]
     depth = a.get(len(x) - 1)
-    factors = [made.get(d, step.shape[d]) for d in range(1, rank)]
+    factors = [made.get(d, step.shape[d]) for d in range(rank)]
     step.work(1, *factors, x[-1] if depth is None else depth)
     return made
 
@@ -243,7 +243,7 @@ def attention(step: Step) -> Dims:
     if rank - 3 in made:
         step.flow.heads.append(made[rank - 3])
     keys, tokens = k.meta["shape"][-2], step.shape[-2]
-    heads = [made.get(d, step.shape[d]) for d in range(1, rank - 2)]
+    heads = [made.get(d, step.shape[d]) for d in range(rank - 2)]
     depth_k, depth_v = a.get(rank - 1), c.get(rank - 1)
     step.work(tokens * keys, *heads, q.meta["shape"][-1] if depth_k is None else depth_k)
     step.work(tokens * keys, *heads, v.meta["shape"][-1] if depth_v is None else depth_v)
@@ -285,8 +285,7 @@ def einsum(step: Step) -> Dims:
         for dim, letter in enumerate(letters):
             if letter in found and dim not in step.of(node):
                 step.block(found[letter], "einsum with values that are not channels")
-    batch = before[0] if after.startswith(before[0]) else ""
-    step.work(1, *(size for letter, size in sizes.items() if letter != batch))
+    step.work(1, *sizes.values())
     return {dim: found[letter] for dim, letter in enumerate(after) if letter in found}
 
 

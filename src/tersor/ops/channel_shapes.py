@@ -185,7 +185,7 @@ def _select(step: Step, atoms: Atoms, item: Any, path: Path) -> Atoms | None:
     if isinstance(item, int):
         place = item % len(atoms)
         step.block(atoms[place : place + 1], "indexing selects one channel")
-        step.number(path, atoms[:place])
+        _position(step, path, atoms, place, item)
         return None
     simple = isinstance(item, slice) and item.step in (None, 1)
     ends = (item.start, item.stop) if simple else ()
@@ -195,9 +195,17 @@ def _select(step: Step, atoms: Atoms, item: Any, path: Path) -> Atoms | None:
     for word, end in zip(("start", "stop"), ends, strict=True):
         if end is not None:
             place = slice(None, end).indices(len(atoms))[1]
-            step.number((*path, word), atoms[:place])
+            _position(step, (*path, word), atoms, place, end)
     taken: Atoms = atoms[item]
     return taken
+
+
+def _position(step: Step, path: Path, atoms: Atoms, place: int, written: int) -> None:
+    """Note a place among channels, counted from the end that it is written from."""
+    if written < 0:
+        step.number(path, atoms[place:], lambda kept: -kept)
+    else:
+        step.number(path, atoms[:place])
 
 
 def chunk(step: Step) -> Value:
@@ -220,30 +228,23 @@ def split(step: Step) -> Value:
     atoms, whole = step.dims[0].get(dim), step.shapes[0][dim]
     keyword = next((k for k in step.node.kwargs if k.startswith("split_size")), None)
     path: Path = ("kwargs", keyword) if keyword else ("args", 1)
+    if isinstance(sizes, fx.Node):
+        sizes = sizes.meta["value"]
+    if isinstance(sizes, (tuple, list)):
+        sizes = [s.meta["value"] if isinstance(s, fx.Node) else s for s in sizes]
     if atoms is None:
-        count = len(sizes) if isinstance(sizes, (tuple, list)) else -(-whole // int(sizes))
+        count = len(sizes) if isinstance(sizes, (tuple, list)) else -(-whole // sizes)
         return (step.dims[0],) * count
     if isinstance(sizes, (tuple, list)):
-        if any(isinstance(s, fx.Node) for s in sizes):
-            sizes = [n.meta["shape"][dim] for n in _parts(step.node, len(sizes))]
         parts = np.split(atoms, np.cumsum(sizes)[:-1])
         for number, part in enumerate(parts):
             step.number((*path, number), part)
         return tuple({**step.dims[0], dim: part} for part in parts)
-    if isinstance(sizes, fx.Node):
-        first = next(iter(_parts(step.node, 1)), None)
-        sizes = whole if first is None else first.meta["shape"][dim]
     if whole % sizes:
         return step.unknown("split in unequal parts")
     first_atoms = step.flow.unite_rows(atoms.reshape(-1, sizes))
     step.number(path, first_atoms)
     return tuple({**step.dims[0], dim: part} for part in np.split(atoms, whole // sizes))
-
-
-def _parts(node: fx.Node, count: int) -> list[fx.Node]:
-    """Return the nodes that take the first parts of a tuple, in order."""
-    taken = {user.args[1]: user for user in node.users if user.name.startswith("getitem")}
-    return [taken[i] for i in range(count) if i in taken]
 
 
 def unbind(step: Step) -> Value:

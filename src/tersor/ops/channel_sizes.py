@@ -12,12 +12,16 @@ from torch import fx
 
 from tersor.ops.atoms import Atoms, Flow, Number, Path, Value
 
+_PARTS = ("split", "split_with_sizes")
+"""Take sizes and return several tensors, which have no one shape."""
+
 
 def note(flow: Flow, node: fx.Node, values: dict[fx.Node, Value]) -> None:
     """Note what a node that holds numbers is computed from, and where such numbers are taken."""
     if node.op in ("placeholder", "get_attr", "output"):
         return
-    if "shape" not in node.meta:
+    called = str(getattr(node.target, "__name__", node.target))
+    if "shape" not in node.meta and called not in _PARTS:
         found = _source(flow, node, values)
         if found is not None:
             flow.derived[node] = found

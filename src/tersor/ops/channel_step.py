@@ -7,6 +7,8 @@ from torch import fx, nn
 from tersor.ops.atoms import Atoms, Dims, Flow, Number, Path, Read, Value, Work
 
 Shape = tuple[int, ...]
+_NUMPY = {"dim": "axis", "keepdim": "keepdims"}
+"""Other words that torch takes for an argument."""
 
 
 class Step:
@@ -50,8 +52,9 @@ class Step:
 
     def argument(self, place: int, keyword: str, default: Any = None) -> Any:
         """Return an argument, however it was given."""
-        if keyword in self.node.kwargs:
-            return self.node.kwargs[keyword]
+        for word in (keyword, _NUMPY.get(keyword)):
+            if word in self.node.kwargs:
+                return self.node.kwargs[word]
         return self.node.args[place] if len(self.node.args) > place else default
 
     def listed(self, dims: Any) -> list[int]:
@@ -83,7 +86,8 @@ class Step:
         self.flow.numbers.append(Number(node=self.node.name, path=path, atoms=atoms, value=value))
 
     def work(self, constant: float, *factors: Atoms | int) -> None:
-        """Note the multiply-accumulates of one sample: the constant times all factors."""
+        """Note the multiply-accumulates of the example: the constant times all factors."""
+        constant /= self.flow.batch
         for each in factors:
             constant *= each if isinstance(each, int) else 1
         atoms = tuple(each for each in factors if not isinstance(each, int))

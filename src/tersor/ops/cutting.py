@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tersor.ops.atoms import Flow, Number, Path, Port
+from tersor.ops.capture import drop_dead
 from tersor.ops.norms import PartialLayerNorm, without
 
 # C channels at a port, R all other numbers of a tensor
@@ -183,6 +184,9 @@ def _shrink_root_mean_square(layer: nn.RMSNorm, lost: int) -> None:
     before = layer.normalized_shape[0]
     share = (before - lost) / before
     layer.normalized_shape = (before - lost,)
+    if layer.weight is None:  # the factor needs a place
+        layer.weight = nn.Parameter(torch.ones(layer.normalized_shape))
+        layer.elementwise_affine = True
     eps = torch.finfo(layer.weight.dtype).eps if layer.eps is None else layer.eps
     layer.eps = eps / share
     layer.weight.mul_(math.sqrt(1 / share))
@@ -221,7 +225,7 @@ def rewrite(captured: fx.GraphModule, flow: Flow, gone: set[int]) -> None:
         share = float((~lost[atoms]).mean())
         if share < 1:
             _scale(captured.graph, nodes[name], share)
-    captured.graph.eliminate_dead_code()
+    drop_dead(captured)
     captured.recompile()
 
 
@@ -285,7 +289,7 @@ def masked(captured: fx.GraphModule, flow: Flow, gone: set[int]) -> fx.GraphModu
         rank = len(operand.meta["shape"])
         name = f"mask_{index}"
         shape = [-1 if dim == read.dim else 1 for dim in range(rank)]
-        made.register_buffer(name, keep.float().reshape(shape))
+        made.register_buffer(name, keep.to(operand.meta["dtype"]).reshape(shape))
         with made.graph.inserting_before(node):
             mask = made.graph.get_attr(name)
             seen = made.graph.call_function(torch.mul, (operand, mask))

@@ -57,6 +57,11 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
         (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
         ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     ),
+    **dict.fromkeys(
+        (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    ),
+    nn.PReLU: ("num_parameters",),
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.RMSNorm: ("normalized_shape", "eps", "elementwise_affine"),

@@ -6,7 +6,7 @@ channels are, so that concatenation, flattening and padding need no special case
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -25,11 +25,14 @@ class Group:
     """The atom that stands for each channel."""
     protected: str | None = None
     """Why these channels must stay; None: they can be cut."""
+    number: int = 1
+    """Which of the groups that one layer makes, where it makes several."""
 
     @property
     def name(self) -> str:
         """The layer that makes these channels, the first of them."""
-        return (self.makers or tuple(p for p, _ in self.indices))[0]
+        first = (self.makers or tuple(p for p, _ in self.indices))[0]
+        return first if self.number == 1 else f"{first}#{self.number}"
 
     @property
     def makers(self) -> tuple[str, ...]:
@@ -160,14 +163,13 @@ def _groups(flow: Flow) -> list[Group]:
         if reason is None and root not in read:
             reason = "no layer reads these channels"
         gathered.setdefault((tuple(found), reason), []).append(root)
-    return [
-        Group(
-            indices={port: tuple(tuple(places[root][port]) for root in roots) for port in ports},
-            roots=tuple(roots),
-            protected=reason,
-        )
-        for (ports, reason), roots in gathered.items()
-    ]
+    made: list[Group] = []
+    for (ports, reason), roots in gathered.items():
+        indices = {port: tuple(tuple(places[root][port]) for root in roots) for port in ports}
+        group = Group(indices=indices, roots=tuple(roots), protected=reason)
+        same = sum(other.name.partition("#")[0] == group.name for other in made)
+        made.append(replace(group, number=same + 1))
+    return made
 
 
 def removed_places(removal: Removal) -> dict[Port, set[int]]:

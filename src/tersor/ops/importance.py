@@ -3,7 +3,8 @@
 All scores are of one kind: a number for each channel of each group, larger for what matters more.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -120,18 +121,34 @@ def taylor(
     """
     totals = [torch.zeros(group.size) for group in groups]
     count = 0
-    for batch in batches:
-        net.zero_grad(set_to_none=True)
-        value = loss(net, batch)
-        if not torch.isfinite(value):
-            raise StepError(f"the loss is {value.item()} on calibration batch {count + 1}")
-        torch.autograd.backward(value)
-        for total, group in zip(totals, groups, strict=True):
-            change_K = _change(net, group, count, fisher)
-            total += change_K if fisher else change_K.square()
-        count += 1
-    net.zero_grad(set_to_none=True)
+    with _gradients(net):
+        for batch in batches:
+            net.zero_grad(set_to_none=True)
+            value = loss(net, batch)
+            if not torch.isfinite(value):
+                raise StepError(f"the loss is {value.item()} on calibration batch {count + 1}")
+            torch.autograd.backward(value)
+            for total, group in zip(totals, groups, strict=True):
+                change_K = _change(net, group, count, fisher)
+                total += change_K if fisher else change_K.square()
+            count += 1
     return [total / max(count, 1) for total in totals]
+
+
+@contextmanager
+def _gradients(net: nn.Module) -> Iterator[None]:
+    """Let all parameters have gradients inside, also frozen ones; leave none behind."""
+    floats = [p for p in net.parameters() if p.is_floating_point()]
+    frozen = [p for p in floats if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        net.zero_grad(set_to_none=True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _change(net: nn.Module, group: Group, batch: int, fisher: bool) -> Float[Tensor, "K"]:

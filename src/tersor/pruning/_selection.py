@@ -160,6 +160,21 @@ def least(group: Group, score: Tensor, number: int, multiple: int) -> list[int]:
     return sorted(order.tolist())
 
 
+def check_something(removal: Removal, multiple: int) -> None:
+    """Refuse a cut that cuts nothing.
+
+    Raises:
+        UnfitError: says why.
+    """
+    if any(gone for _, gone in removal):
+        return
+    sizes = sorted({g.size for g, _ in removal})
+    raise UnfitError(
+        f"nothing would be removed: groups have {', '.join(map(str, sizes))} channels, and what "
+        f"stays is rounded up to a multiple of {multiple}; use a smaller multiple or a higher ratio"
+    )
+
+
 def until(
     share: Callable[[Removal], float], at: Callable[[float], Removal], target: float
 ) -> Removal:
@@ -283,6 +298,12 @@ def _ways(
         return made
 
     inside = all(side.startswith("dim") or name in names for name, side in gone)
+    # `groups` of a class of the user's own would not be stored with it
+    inside &= all(
+        side != "depthwise" or type(net.get_submodule(name)).__module__.startswith("torch.nn.")
+        for name, side in gone
+        if name in names
+    )
     if inside and not isinstance(net, fx.GraphModule):
         yield own
     yield graph

@@ -42,6 +42,8 @@ def scan(
     if context.data.calibration is None:
         raise DataError("ranking: sensitivity needs calibration data")
     batches = _first(context.data.calibration, SAMPLES)
+    if not batches:
+        raise DataError("ranking: sensitivity needs calibration batches of 2 samples at least")
     wanted = _outputs(coupling.captured, batches)
     losses: dict[str, dict[float, float]] = {}
     pairs = list(zip(groups, scores, strict=True))
@@ -61,8 +63,11 @@ def _first(batches: Iterable[Batch], samples: int) -> list[Batch]:
     taken: list[Batch] = []
     count = 0
     for batch in batches:
+        samples_here = len(next(iter(batch.values())))
+        if samples_here < 2:  # has no variance
+            continue
         taken.append(batch)
-        count += len(next(iter(batch.values())))
+        count += samples_here
         if count >= samples:
             break
     return taken

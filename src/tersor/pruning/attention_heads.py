@@ -40,8 +40,8 @@ class AttentionHeads:
             raise ValueError(f"ratio must be in [0, 1), got {self.ratio}")
         if self.importance in ("bn_scale", "fpgm"):
             raise ValueError(f"importance {self.importance} is for filters, not for heads")
-        if self.ranking == "sensitivity":
-            raise ValueError("ranking sensitivity is for channels; choose local or global")
+        if self.ranking in ("sensitivity", "per_cost"):
+            raise ValueError(f"ranking {self.ranking} is for channels; choose local or global")
 
     def weaker(self) -> "AttentionHeads | None":
         """Remove about 30 % fewer; None when hardly any would go."""

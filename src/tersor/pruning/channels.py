@@ -15,6 +15,7 @@ from tersor.pruning._selection import (
     Importance,
     Ranking,
     at_ratio,
+    check_something,
     coupled,
     free,
     parameters,
@@ -28,6 +29,8 @@ from tersor.pruning._sensitivity import allocate, assigned, parse, scan
 _DEFAULT_RATIO = 0.5
 _TIMED = 8
 """Cuts that are exported and timed at most, to find one that reaches a latency."""
+_NO_CUT = (("ratio", 0), ("macs", 1), ("parameters", 1))
+"""Targets that ask for nothing."""
 _TARGETS = ("ratio", "parameters", "macs", "latency")
 
 
@@ -84,6 +87,8 @@ class Channels:
             raise ValueError(f"give ratios or {given[0]}, not both")
         if self.ratios and self.rounds > 1:
             raise ValueError("ratios are reached in one cut; leave rounds at 1")
+        if self.ranking == "sensitivity" and self.rounds > 1:
+            raise ValueError("ranking sensitivity finds the shares of one cut; leave rounds at 1")
         if self.recovery < 0:
             raise ValueError(f"recovery must not be negative, got {self.recovery}")
 
@@ -134,7 +139,10 @@ def channels(net: nn.Module, config: Channels, context: Context) -> nn.Module:
         coupling = coupled(net, context)
         if original is None:
             original = _Original(
-                net=net, macs=coupling.macs(), parameters=sum(p.numel() for p in net.parameters())
+                net=net,
+                macs=coupling.macs(),
+                parameters=sum(p.numel() for p in net.parameters()),
+                channels=sum(g.size for g in free(coupling, net, config.layers)),
             )
         chosen = _choose(net, coupling, config, context, (number + 1) / config.rounds, original)
         net, removal, left = smaller(net, coupling, chosen, context)
@@ -147,6 +155,11 @@ def channels(net: nn.Module, config: Channels, context: Context) -> nn.Module:
         if config.recovery and number < config.rounds - 1:
             net = _recover(net, config, context, number)
     assert original is not None
+    if config.rounds > 1 and all(each[0] == each[-1] for each in sizes.values()):
+        raise UnfitError(
+            f"nothing was removed in {config.rounds} rounds: what stays is rounded up to a "
+            f"multiple of {config.multiple}; use a smaller multiple or a higher ratio"
+        )
     context.record(
         groups={name: " -> ".join(map(str, each)) for name, each in sizes.items()},
         macs_before=original.macs,
@@ -161,6 +174,7 @@ class _Original:
     net: nn.Module
     macs: int
     parameters: int
+    channels: int
 
 
 def _recover(net: nn.Module, config: Channels, context: Context, number: int) -> nn.Module:
@@ -192,7 +206,9 @@ def _choose(
     if config.ratios:
         removal = assigned(groups, scores, config.ratios, config.multiple)
     elif name == "ratio":
-        wanted = 1 - (1 - target) ** (1 / config.rounds)
+        # of what is left, so that rounding in one round is made up for in the next
+        left = sum(g.size for g in groups) / original.channels
+        wanted = max(1 - (1 - part * target) / left, 0.0)
         if config.ranking == "sensitivity":
             removal = until(_channels_left(groups), at, 1 - wanted)
         else:
@@ -200,9 +216,10 @@ def _choose(
     elif name == "latency":
         removal = _until_fast(net, coupling, at, 1 - part * (1 - target), original.net, context)
     else:
-        share = _share_of(name, coupling, original)
+        share = _share_of(name, net, coupling, original)
         removal = _until(share, at, 1 - part * (1 - target), config, name)
-    _check_not_nothing(groups, removal, config)
+    if config.rounds == 1 and not config.ratios and (name, target) not in _NO_CUT:
+        check_something(removal, config.multiple)
     if config.ranking == "sensitivity":
         shares = [f"{g.name}={len(gone) / g.size:.6g}" for g, gone in removal if gone]
         fragment = {"importance": config.importance, "multiple": config.multiple, "ratios": shares}
@@ -245,10 +262,14 @@ def _channels_left(groups: Sequence[Group]) -> Callable[[Removal], float]:
     return lambda removal: 1 - sum(len(gone) for _, gone in removal) / total
 
 
-def _share_of(name: str, coupling: Coupling, original: _Original) -> Callable[[Removal], float]:
+def _share_of(
+    name: str, net: nn.Module, coupling: Coupling, original: _Original
+) -> Callable[[Removal], float]:
     if name == "macs":
         return lambda removal: coupling.macs(removal) / original.macs
-    return lambda removal: parameters(coupling.captured, removal) / original.parameters
+    # forward does not use them, so they are not in the graph: they stay
+    beside = sum(p.numel() for p in net.parameters()) - parameters(coupling.captured, ())
+    return lambda removal: (parameters(coupling.captured, removal) + beside) / original.parameters
 
 
 def _until(
@@ -313,18 +334,3 @@ def _until_fast(
             low = middle
     context.record(latency_share=share(best), timed=len(timed))
     return best
-
-
-def _check_not_nothing(groups: Sequence[Group], removal: Removal, config: Channels) -> None:
-    if (
-        any(gone for _, gone in removal)
-        or config.ratios
-        or config.target() in (("ratio", 0), ("macs", 1))
-    ):
-        return
-    sizes = sorted({g.size for g in groups})
-    raise UnfitError(
-        f"nothing would be removed: groups have {', '.join(map(str, sizes))} channels, and what "
-        f"stays is "
-        f"rounded up to a multiple of {config.multiple}; use a smaller multiple or a higher ratio"
-    )

@@ -14,7 +14,15 @@ from tersor.ops.groups import Group
 from tersor.ops.importance import norm_scale
 from tersor.ops.losses import LABELS
 from tersor.ops.recalibrate import recalibrate
-from tersor.pruning._selection import at_ratio, coupled, free, score, smaller, told
+from tersor.pruning._selection import (
+    at_ratio,
+    check_something,
+    coupled,
+    free,
+    score,
+    smaller,
+    told,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +106,8 @@ def slimming(net: nn.Module, config: Slimming, context: Context) -> nn.Module:
     groups = [g for g in free(coupling, net, config.layers) if norm_scale(net, g) is not None]
     scores = score(coupling, groups, "bn_scale", context)
     chosen = at_ratio(groups, scores, config.ratio, ranking="global", multiple=config.multiple)
+    if config.ratio:
+        check_something(chosen, config.multiple)
     after = _spread(net, names)
     net, removal, left = smaller(net, coupling, chosen, context)
     if removal and context.data.calibration is not None:
