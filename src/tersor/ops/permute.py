@@ -11,8 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tersor.ops.groups import Group
+from tersor.ops.norms import PartialLayerNorm
+
+
+_NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, PartialLayerNorm)
+_LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 
 def permute(net: nn.Module, group: Group, order: Sequence[int]) -> None:
@@ -57,14 +63,11 @@ def _changes(
         tensor: Any = getattr(net.get_submodule(owner), leaf)
         return [_along(tensor, int(side[3:]), moves)]
     layer: Any = net.get_submodule(name)
-    known = isinstance(layer, (nn.Linear, _ConvNd, _BatchNorm)) and side in (
-        *("out", "in", "both", "depthwise"),
-    )
-    if not known:
-        raise ValueError(f"{name} is a {type(layer).__name__}, whose channels ({side}) stay")
-    if isinstance(layer, _BatchNorm):
-        leaves = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    if isinstance(layer, _NORMS):
+        leaves = [getattr(layer, leaf, None) for leaf in _LEAVES]
         return [_along(leaf, 0, moves) for leaf in leaves if leaf is not None]
+    if not isinstance(layer, (nn.Linear, _ConvNd)) or side not in ("out", "in", "depthwise"):
+        raise ValueError(f"{name} is a {type(layer).__name__}, whose channels ({side}) stay")
     made = [_along(layer.bias, 0, moves)] if side != "in" and layer.bias is not None else []
     # the weight has one group's worth of channels in dimension 1, all of them in dimension 0
     first = (side == "in") == isinstance(layer, _ConvTransposeNd)
