@@ -120,8 +120,7 @@ def test_every_layer_is_permuted_or_the_report_says_why_not(tiny_context: Any) -
         assert all(after > before for before, after in permuted.values())
         assert sorted([*permuted, *left]) == sorted(context.facts["sparsity_by_layer"])
         assert all(left.values())
-    assert left["qkv"].startswith("LayerNorm mixes channels")
-    assert list(permuted) == ["fc2"]
+    assert {"qkv", "fc1", "fc2"} <= set(permuted)
 
 
 def test_an_order_that_changes_the_outputs_is_put_back() -> None:

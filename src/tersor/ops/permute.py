@@ -16,7 +16,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from tersor.ops.groups import Group
 from tersor.ops.norms import PartialLayerNorm
 
-
 _NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, PartialLayerNorm)
 _LEAVES = ("weight", "bias", "running_mean", "running_var")
 
