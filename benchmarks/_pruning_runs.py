@@ -39,6 +39,7 @@ class Method:
 
     cut: Callable[[nn.Module, "Given"], tuple[nn.Module, dict[str, Any]]]
     lr: float | None = None
+    epochs: float = 1
     steered: str = "macs"
 
 
@@ -89,7 +90,7 @@ def main() -> None:
         net,
         labelled_loss,
         batches=data["train"],
-        epochs=1,
+        epochs=method.epochs,
         lr=method.lr,
         seed=seed,
         checkpoint=folder / "fit.safetensors",
@@ -223,7 +224,7 @@ def from_scratch(net: nn.Module, given: Given) -> tuple[nn.Module, dict[str, Any
 
 
 def as_it_is(net: nn.Module, given: Given) -> tuple[nn.Module, dict[str, Any]]:
-    """The second control: an epoch more for the whole network."""
+    """The network that all are compared with."""
     del given
     return net, {}
 
@@ -233,7 +234,7 @@ INNER = ("!conv1", "!*.conv2")
 DEFAULT = "tersor fisher per_cost inner"
 """Whose architecture is trained from scratch: the best of ours before recovery, on validation."""
 METHODS: dict[str, Method] = {
-    "original": Method(cut=as_it_is, steered="nothing"),
+    "original": Method(cut=as_it_is, epochs=0, steered="nothing"),
     **{
         f"tersor {importance} {ranking}{' inner' * inner}": Method(
             cut=steps(
@@ -262,8 +263,23 @@ METHODS: dict[str, Method] = {
         f"tersor blocks {share}": Method(
             cut=steps(("drop_layers", {"latency": share})), steered="latency"
         )
-        for share in (0.6, 0.5, 0.4)
+        for share in (0.75, 0.6, 0.5, 0.4)
     },
+    "tersor widths": Method(
+        cut=steps(
+            (
+                "channels",
+                {
+                    "latency": 0.5,
+                    "importance": "fisher",
+                    "ranking": "per_cost",
+                    "multiple": 8,
+                    "layers": Layers(patterns=INNER),
+                },
+            )
+        ),
+        steered="latency",
+    ),
     "tersor blocks 0.6 widths": Method(
         cut=steps(("drop_layers", {"latency": 0.6}), ("channels", {"ratio": 0.25, "multiple": 16})),
         steered="latency",
