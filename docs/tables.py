@@ -258,7 +258,19 @@ def structured(chinese: bool) -> str:
         rows.append([*cells, str(len(own["seeds"]))])
     head = ["method", "times fewer MACs", "fp32 accuracy, one epoch", f"{chosen} minus it"]
     head += ["speed, fp32", "speed, int8", "int8 accuracy", "seeds"]
-    return table(head, rows)
+    return table(head, rows) + steered(raw["by_latency"])
+
+
+def steered(found: Plain) -> str:
+    """Write how the network that was steered by latency compares, in int8."""
+    if "network" not in found:
+        return ""
+    races = ", ".join(f"{batch} {times_faster(r)}" for batch, r in found["times_faster"].items())
+    return (
+        f"\nSteered by measured latency, {found['network']} is faster than {found['against']} "
+        f"after int8: {races}; its accuracy minus the other's is {interval(found['accuracy'])} points "
+        f"(seeds {', '.join(map(str, found['accuracy']['seeds']))}).\n"
+    )
 
 
 def interval(found: Plain) -> str:
