@@ -268,7 +268,8 @@ def steered(found: Plain) -> str:
     races = ", ".join(f"{batch} {times_faster(r)}" for batch, r in found["times_faster"].items())
     return (
         f"\nSteered by measured latency, {found['network']} is faster than {found['against']} "
-        f"after int8: {races}; its accuracy minus the other's is {interval(found['accuracy'])} points "
+        f"after int8: {races}; its accuracy minus the other's is "
+        f"{interval(found['accuracy'])} points "
         f"(seeds {', '.join(map(str, found['accuracy']['seeds']))}).\n"
     )
 
