@@ -383,7 +383,11 @@ def split_twice(net: Any, x: Tensor) -> Tensor:
     return net.last(a) + net.other(b)
 
 
-@pytest.mark.parametrize("call", [in_place, negative, merged, named, split_twice])
+def broadcast(net: Any, x: Tensor) -> Tensor:
+    return net.last(torch.broadcast_to(net.a(x)[:, None], (3, 2, 8)).sum(1))
+
+
+@pytest.mark.parametrize("call", [in_place, negative, merged, named, split_twice, broadcast])
 def test_forwards_that_need_care(call: Any) -> None:
     torch.manual_seed(0)
     net = Rows(

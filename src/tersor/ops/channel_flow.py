@@ -419,14 +419,8 @@ def _elementwise(step: Step, name: str, layer: nn.Module) -> Dims:
 
 
 def _pool(step: Step, name: str, layer: nn.Module) -> Dims:
-    """Pooling and resizing: batch and channels pass, nothing else may carry atoms."""
     del name
-    kind = type(layer).__name__
-    digit = next((int(c) for c in kind if c.isdigit()), len(step.shapes[0]) - 2)
-    kept = len(step.shapes[0]) - digit
-    if step.shape is None or any(dim >= kept for dim in step.dims[0]):
-        return step.unknown(kind)
-    return dict(step.dims[0])
+    return channel_functions.spatial(step, type(layer).__name__)
 
 
 def _flatten(step: Step, name: str, layer: nn.Flatten) -> Dims:

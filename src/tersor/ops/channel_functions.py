@@ -10,25 +10,29 @@ import numpy as np
 from torch import fx
 
 from tersor.ops.atoms import Atoms, Dims, Value
-from tersor.ops.channel_step import Step
+from tersor.ops.channel_step import Shape, Step
 
 
 def elementwise(step: Step) -> Dims:
     """Unite what meets at the same index; dimensions are aligned at the end."""
     if step.shape is None:
         return step.unknown(step.name)
+    return _aligned(step, list(zip(step.dims, step.shapes, strict=True)), range(len(step.shape)))
+
+
+def _aligned(step: Step, operands: Sequence[tuple[Dims, Shape]], dims: range) -> Dims:
+    """Unite what operands hold in some dimensions of the result, aligned at the end."""
+    assert step.shape is not None
     made: Dims = {}
-    for dim, size in enumerate(step.shape):
-        if size == 1:
-            continue
+    for dim in dims:
         met = []
         fixed = False
-        for dims, shape in zip(step.dims, step.shapes, strict=True):
+        for held, shape in operands:
             own = dim - (len(step.shape) - len(shape))
             if own < 0 or shape[own] == 1:
                 continue
-            if own in dims:
-                met.append(dims[own])
+            if own in held:
+                met.append(held[own])
             else:
                 fixed = True
         for atoms in met[1:]:
@@ -40,9 +44,9 @@ def elementwise(step: Step) -> Dims:
     return made
 
 
-def spatial(step: Step) -> Dims:
+def spatial(step: Step, kind: str = "") -> Dims:
     """Pooling and resizing: batch and channels pass, nothing else may carry atoms."""
-    name = step.name
+    name = kind or step.name
     digit = next((int(c) for c in name if c.isdigit()), len(step.shapes[0]) - 2)
     kept = len(step.shapes[0]) - digit
     if step.shape is None or any(dim >= kept for dim in step.dims[0]):
@@ -192,25 +196,7 @@ def matmul(step: Step) -> Dims:
 
 def _batch(step: Step, operands: Sequence[tuple[fx.Node, Dims]], rank: int) -> Dims:
     """Unite the dimensions before the last two."""
-    made: Dims = {}
-    for dim in range(rank - 2):
-        met, fixed = [], False
-        for node, dims in operands:
-            shape = node.meta["shape"]
-            own = dim - (rank - len(shape))
-            if own < 0 or shape[own] == 1:
-                continue
-            if own in dims:
-                met.append(dims[own])
-            else:
-                fixed = True
-        for atoms in met[1:]:
-            step.flow.unite(met[0], atoms)
-        if met and fixed:
-            step.block(met[0], f"{step.name} with values that are not channels")
-        elif met:
-            made[dim] = met[0]
-    return made
+    return _aligned(step, [(dims, node.meta["shape"]) for node, dims in operands], range(rank - 2))
 
 
 def attention(step: Step) -> Dims:

@@ -314,7 +314,7 @@ def expand(step: Step) -> Dims:
     made = {d + shift: atoms for d, atoms in step.dims[0].items() if step.shapes[0][d] > 1}
     for dim, atoms in made.items():
         path: Path = ("args", 1, dim) if nested else ("args", 1 + dim)
-        if step.name == "expand" and at(step.node, path) != -1:
+        if at(step.node, path) != -1:
             step.number(path, atoms)
     return made
 

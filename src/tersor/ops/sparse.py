@@ -9,6 +9,7 @@ weight stops a NaN or an infinity, which a multiplication by zero would pass on 
 import ctypes
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -271,7 +272,7 @@ def _(x: torch.Size, values: torch.Size, *rest: Any, out_shape: torch.Size, **mo
     return 2 * x[0] * math.prod(out_shape[2:]) * values[0]
 
 
-class _Sparse(nn.Module):
+class _Sparse(nn.Module, ABC):
     """A layer with compressed rows of weights."""
 
     values: nn.Parameter
@@ -294,18 +295,18 @@ class _Sparse(nn.Module):
         return _csr(self.values, self.columns, self.ends, self.inputs).to_dense()
 
     @property
+    @abstractmethod
     def inputs(self) -> int:
         """Inputs of a row."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Describe the layer."""
         settings = {**self.arguments(), "count": self.count}
         return ", ".join(f"{name}={value}" for name, value in settings.items())
 
+    @abstractmethod
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        raise NotImplementedError
 
 
 class SparseLinear(_Sparse):
