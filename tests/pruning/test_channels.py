@@ -180,6 +180,10 @@ def test_ratios() -> None:
             Channels(ratios=(entry,))
     with pytest.raises(ValueError, match=r"give ratios or macs, not both"):
         Channels(ratios=("a=0.5",), macs=0.5)
+    with pytest.raises(ValueError, match=r"ratios say what goes from where; leave out ranking"):
+        Channels(ratios=("a=0.5",), ranking="global")
+    with pytest.raises(ValueError, match=r"recovery is the training between cuts; give rounds"):
+        Channels(macs=0.5, recovery=0.5)
     with pytest.raises(ValueError, match=r"ranking sensitivity finds the shares of one cut"):
         Channels(ranking="sensitivity", rounds=2)
     with pytest.raises(ValueError, match=r"ratios are reached in one cut; leave rounds at 1"):
@@ -337,6 +341,25 @@ def test_outputs_that_cannot_be_compared_are_refused(tiny_context: Make) -> None
     with pytest.raises(StepError, match=r"of their size from what was meant; its forward computes"):
         channels(net, Channels(), tiny_context(net))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Twice(nn.Module):
+    """The first output is exact after any cut, the second never can be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.flatten(1)
+        y = self.last(self.first(x))
+        return y, y + torch.rand_like(x[:, :1])
+
+
+def test_every_output_is_compared(tiny_context: Make) -> None:
+    net = Twice().eval()
+    with pytest.raises(StepError, match=r"of their size from what was meant; its forward computes"):
+        channels(net, Channels(), tiny_context(net))
 
 
 def test_layers_that_do_not_exist_or_exclude_all(tiny_context: Make) -> None:

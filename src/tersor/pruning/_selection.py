@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from tersor.core.context import Context
 from tersor.core.errors import DataError, StepError, UnfitError, suggest
@@ -16,7 +17,6 @@ from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.cutting import cut
 from tersor.ops.groups import Coupling, Group, Removal, couple, removed_places
-from tersor.ops.losses import first_output
 from tersor.ops.precision_note import carry_precision
 
 Importance = Literal["l1", "l2", "taylor", "fisher", "bn_scale", "fpgm", "activation", "random"]
@@ -246,13 +246,15 @@ def smaller(
     return made, removal, left
 
 
-def _run(net: nn.Module, context: Context) -> Tensor:
+def _run(net: nn.Module, context: Context) -> list[Tensor]:
+    """Return all outputs on the example."""
     with torch.no_grad():
-        return first_output(net(**context.inputs.example))
+        made = tree_leaves(net(**context.inputs.example))
+    return [tensor for tensor in made if isinstance(tensor, Tensor)]
 
 
 def _attempt(
-    net: nn.Module, coupling: Coupling, removal: Removal, wanted: Tensor, context: Context
+    net: nn.Module, coupling: Coupling, removal: Removal, wanted: Sequence[Tensor], context: Context
 ) -> tuple[nn.Module | None, str]:
     """Return the smaller network, of the own class where that is right, or why there is none."""
     reason = ""
@@ -266,12 +268,7 @@ def _attempt(
                 f"{str(error).partition(chr(10))[0]}); its forward relies on a layer's size"
             )
             continue
-        scale = wanted.abs().max().clamp_min(1e-6)
-        difference = (
-            ((found - wanted).abs().max() / scale).item()
-            if found.shape == wanted.shape
-            else float("inf")
-        )
+        difference = max((_difference(a, b) for a, b in zip(wanted, found, strict=True)), default=0)
         if difference <= _TOLERANCE:
             return made, ""
         reason = (
@@ -279,6 +276,16 @@ def _attempt(
             "meant; its forward computes with a layer's size"
         )
     return None, reason
+
+
+def _difference(wanted: Tensor, found: Tensor) -> float:
+    if wanted.shape != found.shape:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    wanted = wanted.float()
+    scale = wanted.abs().max().clamp_min(1e-6)
+    return float((found.float() - wanted).abs().max() / scale)
 
 
 def _ways(

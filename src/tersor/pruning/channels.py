@@ -89,6 +89,13 @@ class Channels:
             raise ValueError("ratios are reached in one cut; leave rounds at 1")
         if self.ranking == "sensitivity" and self.rounds > 1:
             raise ValueError("ranking sensitivity finds the shares of one cut; leave rounds at 1")
+        if self.ratios and self.ranking != "local":
+            raise ValueError(f"ratios say what goes from where; leave out ranking: {self.ranking}")
+        if self.recovery and self.rounds == 1:
+            raise ValueError(
+                "recovery is the training between cuts; give rounds of 2 or more, or put a step "
+                "that trains after this one"
+            )
         if self.recovery < 0:
             raise ValueError(f"recovery must not be negative, got {self.recovery}")
 
