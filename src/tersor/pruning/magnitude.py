@@ -42,7 +42,7 @@ def magnitude(net: nn.Module, config: Magnitude, context: Context) -> nn.Module:
     """Set weights to zero; tensors keep their shapes, and later training leaves the zeros alone.
 
     Biases and norms stay. Weights that are zero already count, and a weight that several layers
-    share is pruned once. Zeros make a file smaller once it is packed, and a network faster only on
+    share is pruned once. Zeros make a file smaller only when it is zipped, a network faster only on
     a runtime that skips them.
 
     Raises:
