@@ -109,7 +109,7 @@ def test_completion_knows_recipes_and_metrics() -> None:
         (["inspect", "x.py:f", "--out", "g.svg"], "--out is for --groups; give that, too"),
         (["inspect", "x.py:f", "--groups", "--out", "g.png"], "--out 'g.png' must end in .svg, which is what is drawn"),
         (["inspect", ".", "--groups", "--data", "digits"], "--groups follows the channels of a network in Python, such as FILE.py:FACTORY; '.' is a folder"),
-        (["inspect", "tersor.demo.network:trained", "--groups"], "--groups runs the network once; give --data, such as FILE.py:FUNCTION"),
+        (["inspect", "tersor.demo.network:trained", "--groups"], "--groups runs the network once; give --data, such as digits or FILE.py:FUNCTION"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_2_and_say_what_to_do(

@@ -55,7 +55,9 @@ def _coupled(model: "Model", data: str | None) -> "Coupling":
             f"{model.form!r}. Give FILE.py:FACTORY"
         )
     if data is None and model.inputs is None:
-        raise DataError("--groups runs the network once; give --data, such as FILE.py:FUNCTION")
+        raise DataError(
+            "--groups runs the network once; give --data, such as digits or FILE.py:FUNCTION"
+        )
     inputs = make_inputs(model, Data() if data is None else pipeline.load_data(data))
     net = model.net.eval()
     try_forward(net, inputs)
