@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tersor._cli_talk import colored, show, show_json, table, tell
 from tersor.core.errors import DependencyError, ModelError, RecipeError
+from tersor.core.packing import unpacked
 from tersor.core.sparsity import Structure
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ def _constants(artifact: "Artifact") -> "list[Constant]":
     from tersor._cli_tensors import of_file
 
     known = (".onnx", ".xml", ".pt2", ".safetensors")
-    files = [file for file in artifact.model_files if file.suffix in known]
     try:
-        return of_file(files[0]) if files else []
+        with unpacked(artifact.model_files[0]) as file:
+            return of_file(file) if file.suffix in known else []
     except DependencyError as error:
         tell(f"layers are not shown: {error}")
         return []

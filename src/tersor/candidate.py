@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from tersor import benchmark
-from tersor.core import plugins
+from tersor.core import packing, plugins
 from tersor.core.context import Batch, Data
 from tersor.core.errors import DataError, ModelError, TargetError
 from tersor.core.metric import Measurement, Subject
 from tersor.core.model import Inputs
 from tersor.core.runtime import Arrays, Runner, Target
 from tersor.ops.lower import form_of, lower
+from tersor.ops.notes import notes_of
 
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1}
 """Largest relative root-mean-square difference between the runtime's outputs and memory, by number
@@ -41,7 +42,7 @@ class Candidate:
 
 def number_format(net: Any) -> str:
     """Tell the narrowest number format that a network computes in."""
-    precision = getattr(net, "tersor_precision", None)
+    precision = notes_of(net).get("precision")
     if precision:
         return str(precision)
     if isinstance(net, torch.nn.Module):
@@ -53,7 +54,7 @@ def number_format(net: Any) -> str:
 
 def target_for(net: Any, target: Target) -> Target:
     """Return the target with the precision that a step noted on the network."""
-    precision = getattr(net, "tersor_precision", None)
+    precision = notes_of(net).get("precision")
     if not precision:
         return target
     return replace(target, options={**target.options, "precision": str(precision)})
@@ -76,7 +77,9 @@ def export(net: Any, folder: Path, inputs: Inputs, wanted: Target, sample: Array
     runtime = plugins.runtime(wanted.runtime)
     target = target_for(net, wanted)
     files = tuple(runtime.export(lower(net, runtime.takes, inputs), folder, inputs))
-    runner = runtime.load(files[0], target)
+    if notes_of(net).get("packed"):
+        files = (packing.pack(files, folder / f"model{packing.SUFFIX}"),)
+    runner = runtime.open(files[0], target)
     kind = number_format(net)
     difference = _difference(net, runner, sample, kind)
     if not difference <= TOLERANCES[kind]:
@@ -95,7 +98,7 @@ def reopen(net: Any, files: Sequence[Path], wanted: Target) -> Candidate:
         net=net,
         files=tuple(files),
         target=target,
-        runner=plugins.runtime(target.runtime).load(files[0], target),
+        runner=plugins.runtime(target.runtime).open(files[0], target),
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tersor import trainer, workspace
-from tersor.core import artifact, plugins
+from tersor.core import artifact, packing, plugins
 from tersor.core.artifact import Artifact
 from tersor.core.context import Data, Fit, Track, silent
 from tersor.core.errors import DataError
@@ -44,6 +44,9 @@ def load(source: str, *, weights: str | Path | None = None, partial: bool = Fals
         ModelError: cannot be loaded; says why and what to do.
     """
     path = None if weights is None else Path(weights)
+    if packing.is_packed(Path(source)):
+        with packing.unpacked(Path(source)) as file:
+            return replace(load(str(file), weights=path, partial=partial), origin=source)
     known = plugins.names("sources")
     name, _, place = source.partition(":")
     if name in known and place:

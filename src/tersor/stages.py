@@ -23,7 +23,7 @@ from tersor.core.recipe import Recipe, stage_name, step_name
 from tersor.core.report import LimitReport, Ratio, Report, StageReport, Verdict
 from tersor.core.schema import Mistakes, changed, from_plain, to_plain
 from tersor.core.statistics import Comparison
-from tersor.ops import edits, losses, masks, pt2
+from tersor.ops import edits, losses, masks, pt2, sharing
 from tersor.ops.fake_quantize import settle
 from tersor.ops.lower import form_of, lower
 from tersor.verdict import SPEEDS, Decision, Evidence, check_limits, judge
@@ -240,7 +240,7 @@ class Run:
             data=self.data.without_test(),
             target=self.recipe.target,
             loss=losses.task_loss(self.data),
-            fit=masks.holding(self.fit),
+            fit=sharing.holding(masks.holding(self.fit)),
             latency=timed,
             work_dir=checkpoints,
             seed=self.seed,

@@ -11,6 +11,7 @@ from tersor.core import plugins
 from tersor.core.artifact import Artifact
 from tersor.core.errors import DataError, ModelError, TargetError, suggest
 from tersor.core.manifest import MANIFEST
+from tersor.core.packing import is_packed, unpacked
 from tersor.core.runtime import Arrays, Runner, Target
 
 RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch_export"}
@@ -57,7 +58,7 @@ class Place:
                 f"It has {', '.join(runtime.devices)}"
             )
         plugins.require("runtimes", self.target.runtime, runtime.to_run)
-        return runtime.load(self.files[0], self.target)
+        return runtime.open(self.files[0], self.target)
 
     def net(self) -> Any:
         """Read the network into memory, for metrics that look inside.
@@ -65,14 +66,14 @@ class Place:
         Raises:
             ModelError: the file is of a kind that cannot be looked into.
         """
-        file = self.files[0]
-        source = {".onnx": "onnx", ".pt2": "exported"}.get(file.suffix)
-        if source is None:
-            raise ModelError(
-                f"{file.name} cannot be looked into; ask for parameters and macs of the network it "
-                "was made from, or of a .onnx or .pt2 file"
-            )
-        return plugins.source(source).load(str(file)).net
+        with unpacked(self.files[0]) as file:
+            source = {".onnx": "onnx", ".pt2": "exported"}.get(file.suffix)
+            if source is None:
+                raise ModelError(
+                    f"{file.name} cannot be looked into; ask for parameters and macs of the "
+                    "network it was made from, or of a .onnx or .pt2 file"
+                )
+            return plugins.source(source).load(str(file)).net
 
 
 def place(
@@ -147,6 +148,10 @@ def fitting(found: Place, batches: Sequence[Arrays]) -> list[Arrays]:
 
 
 def _bare(path: Path, target: Target | None, threads: int | None) -> Place:
+    if is_packed(path):
+        with unpacked(path) as inner:
+            found = _bare(inner, target, threads)
+        return replace(found, name=str(path), files=(path,))
     if target is None:
         if path.suffix not in RUNTIMES:
             raise ModelError(

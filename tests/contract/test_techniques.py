@@ -24,6 +24,7 @@ from tersor.core.runtime import Target
 from tersor.core.schema import field_docs, to_plain
 from tersor.ops.edits import replay, store
 from tersor.ops.lower import form_of
+from tersor.ops.notes import notes_of
 from tersor.plan import check
 from tests import networks
 from tests.contract.subjects import FACTORIES, TARGETS, TECHNIQUES, applied, apply, outputs, quick
@@ -170,7 +171,7 @@ def runs_on(done: Any, runtime: str, tmp_path: Path) -> None:
         pytest.skip(f"{runtime} takes {found.takes}")
     if runtime in done.refused:
         pytest.skip(f"the technique says that {runtime} cannot")
-    precision = getattr(done.result, "tersor_precision", None)
+    precision = notes_of(done.result).get("precision")
     if precision and "precision" not in found.options:
         pytest.skip(f"{runtime} cannot be told a precision")
     sample = arrays_of(networks.split(0, 8)[0], ["x"])

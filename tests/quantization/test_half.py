@@ -16,6 +16,7 @@ from tersor.core.runtime import Target
 from tersor.ops import edits
 from tersor.ops.float8 import DTYPES, float8
 from tersor.ops.lower import lower
+from tersor.ops.notes import notes_of
 from tersor.quantization.half import Half, check_weights, half
 from tests import networks
 
@@ -24,7 +25,7 @@ def test_format_is_noted(tiny_context: Any) -> None:
     net = networks.tiny_cnn()
     context = tiny_context(net, target=Target(runtime="openvino"))
     made = half(net, Half(format="fp16"), context)
-    assert made.tersor_precision == "fp16"
+    assert notes_of(made)["precision"] == "fp16"
     assert context.facts == {"format": "fp16"}
 
 

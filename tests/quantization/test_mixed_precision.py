@@ -16,11 +16,12 @@ from tersor.core.layers import Layers
 from tersor.ops.capture import capture
 from tersor.ops.fake_quantize import settle
 from tersor.ops.fold import fold_batch_norms
+from tersor.ops.knapsack import Budget, solve
 from tersor.ops.losses import divergence
 from tersor.ops.modules import quantized, rows
 from tersor.ops.quantize import channel_scales
 from tersor.ops.twin import gather
-from tersor.quantization._bits import Budget, size_budget, solve, under_latency
+from tersor.quantization._bits import size_budget, under_latency
 from tersor.quantization._integer import make_integer, measure_ranges, weight_scales
 from tersor.quantization.mixed_precision import MixedPrecision, mixed_precision
 from tests import networks

@@ -17,6 +17,7 @@ from tersor.core.runtime import Target
 from tersor.ops.capture import capture
 from tersor.ops.lower import lower
 from tersor.ops.modules import QuantConv2d, Quantize, QuantLinear
+from tersor.ops.notes import notes_of
 from tersor.quantization.half import Half, half
 from tersor.quantization.static import Static, static
 from tersor.quantization.weight_only import WeightOnly, weight_only
@@ -130,8 +131,8 @@ def test_follows_weight_only_and_half(tiny_context: Any) -> None:
     made = static(first, Static(), context)
     assert context.facts["left_in_float"]["fc1"] == "quantized before"
     assert type(made.get_submodule("qkv")).__name__ == "QuantLinear"
-    assert made.tersor_precision == "bf16"
-    assert copy.deepcopy(made).tersor_precision == "bf16"
+    assert notes_of(made)["precision"] == "bf16"
+    assert notes_of(copy.deepcopy(made))["precision"] == "bf16"
 
 
 def test_layers_excluded_and_attention_are_told(tiny_context: Any) -> None:

@@ -139,7 +139,7 @@ class Artifact:
                 f"{suggest(target.device, runtime.devices)} It has {', '.join(runtime.devices)}"
             )
         plugins.require("runtimes", target.runtime, runtime.to_run)
-        return runtime.load(self.model_files[0], target)
+        return runtime.open(self.model_files[0], target)
 
     def describe(self) -> dict[str, Any]:
         """Return as plain data what `tersor inspect` shows."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from tersor.core import packing
+
 if TYPE_CHECKING:
     from tersor.core.model import Inputs
 
@@ -96,3 +98,12 @@ class Runtime:
     """Packages that `export` imports, by import name."""
     to_run: tuple[str, ...] = ()
     """Packages that `load` imports, by import name."""
+
+    def open(self, path: Path, target: Target) -> Runner:
+        """Load a file that `export` wrote, packed or not.
+
+        Raises:
+            ArtifactError: a packed file is damaged. TargetError: the runtime cannot load it.
+        """
+        with packing.unpacked(path) as file:
+            return self.load(file, target)

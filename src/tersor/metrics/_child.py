@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     gc.collect()
     baseline = _start()
     began = time.perf_counter()
-    runner = runtime.load(Path(order["file"]), target)
+    runner = runtime.open(Path(order["file"]), target)
     loaded = time.perf_counter()
     call = runner.bind(inputs)
     call()

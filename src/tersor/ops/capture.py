@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import ModelError
 from tersor.core.model import Inputs
-from tersor.ops.precision_note import carry_precision
+from tersor.ops.notes import carry_notes
 
 
 def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -53,7 +53,7 @@ def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
     drop_dead(captured)
     captured.recompile()
     captured.train(net.training)
-    carry_precision(net, captured)
+    carry_notes(net, captured)
     _check_batch(net, captured, inputs)
     return captured
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import ArtifactError, ModelError
 from tersor.ops import blocks, dynamic, float8, modules, norms, sparse
-from tersor.ops.precision_note import note_precision
+from tersor.ops.notes import note, notes_of
 
 _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(
@@ -152,8 +152,9 @@ def describe(net: nn.Module, original: nn.Module | None) -> dict[str, Any]:
         "graph": graph,
         "layers": layers,
         "loose": sorted(_loose(net)),
+        "ties": _ties(net),
         "shapes": shapes,
-        "precision": getattr(net, "tersor_precision", None),
+        "notes": dict(notes_of(net)),
     }
 
 
@@ -188,11 +189,25 @@ def replay(folder: Path, original: nn.Module | None) -> nn.Module:
             holder._buffers[leaf] = tensor
         else:
             holder.register_buffer(leaf, tensor)
+    for name, known in plain.get("ties", {}).items():
+        owner, _, leaf = name.rpartition(".")
+        place, _, source = known.rpartition(".")
+        shared = _grown(net, place)._parameters.get(source)
+        if shared is None:
+            raise ArtifactError(f"{name!r} is tied to {known!r}, which is not a parameter")
+        _grown(net, owner)._parameters[leaf] = shared
     if plain["graph"] is not None:
         net = fx.GraphModule(net, _build_graph(plain["graph"]))
-    if plain.get("precision"):
-        note_precision(net, str(plain["precision"]))
+    note(net, **_notes(plain))
     return net.eval()
+
+
+def _notes(plain: Mapping[str, Any]) -> dict[str, str | bool]:
+    """Return the notes that were stored; of older files, the precision."""
+    found = plain.get("notes", {"precision": plain.get("precision")})
+    if not isinstance(found, dict) or set(found) - {"precision", "packed"}:
+        raise ArtifactError(f"unknown notes on a network: {found!r}")
+    return {key: value for key, value in found.items() if isinstance(value, str | bool)}
 
 
 def differing(folder: Path, net: nn.Module) -> list[str]:
@@ -208,6 +223,17 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         found[name] = tensor.detach().contiguous().clone()
+    return found
+
+
+def _ties(net: nn.Module) -> dict[str, str]:
+    """Return parameters that are another one, with that one's name."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            found[name] = known
     return found
 
 

@@ -17,7 +17,7 @@ from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.cutting import cut
 from tersor.ops.groups import Coupling, Group, Removal, couple, removed_places
-from tersor.ops.precision_note import carry_precision
+from tersor.ops.notes import carry_notes
 
 Importance = Literal["l1", "l2", "taylor", "fisher", "bn_scale", "fpgm", "activation", "random"]
 Ranking = Literal["local", "global", "global_normalized", "per_cost", "sensitivity"]
@@ -301,7 +301,7 @@ def _ways(
 
     def graph() -> nn.Module:
         made = coupling.cut(removal)
-        carry_precision(net, made)
+        carry_notes(net, made)
         return made
 
     inside = all(side.startswith("dim") or name in names for name, side in gone)

@@ -1,15 +1,14 @@
 """Bits layer by layer: the least loss that budgets allow, of size and of measured latency."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import nn
 
 from tersor.core.context import Context
-from tersor.core.errors import DependencyError, UnfitError
-from tersor.quantization._sensitivity import FLOAT, Losses
+from tersor.core.errors import UnfitError
+from tersor.ops.knapsack import Budget, Losses, solve, solver
+from tersor.quantization._sensitivity import FLOAT
 
 Bits = Mapping[str, int]
 _GROUPS = 8
@@ -19,15 +18,6 @@ _CHECKS = 6
 _PRIOR = 1e-3
 """Weight of the belief that time goes by multiply-accumulates. In the square of a share of the
 latency: measured differences of less than about 0.03 are not trusted more than it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What the layers may cost together."""
-
-    costs: Mapping[str, Mapping[int, float]]
-    """Of each layer with each number of bits, never negative."""
-    most: float
 
 
 def size_budget(losses: Losses, counts: Mapping[str, int], size: float) -> Budget:
@@ -46,45 +36,6 @@ def size_budget(losses: Losses, counts: Mapping[str, int], size: float) -> Budge
         )
     costs = {n: {b: counts[n] * b / total for b in losses[n]} for n in losses}
     return Budget(costs=costs, most=size)
-
-
-def solve(losses: Losses, *budgets: Budget) -> dict[str, int]:
-    """Choose one number of bits for each layer: least sum of losses, no budget exceeded.
-
-    Of equal losses the fewest bits are taken. Each budget alone can be kept by integers throughout.
-
-    Raises:
-        DependencyError: scipy is not installed.
-    """
-    optimize = _scipy()
-    names = list(losses)
-    pairs = [(name, bits) for name in names for bits in losses[name]]
-    cost = np.array([losses[name][bits] for name, bits in pairs])
-    one_each = np.array([[float(name == own) for own, _ in pairs] for name in names])
-    limits = [optimize.LinearConstraint(one_each, 1, 1)]
-    for budget in budgets:
-        row = np.array([budget.costs[name][bits] for name, bits in pairs])
-        limits.append(optimize.LinearConstraint(row, 0, max(budget.most, 0.0) * (1 + 1e-9)))
-    # the solver stops at relative differences; sensitivities may be of any size
-    made: Any = optimize.milp(
-        cost / max(cost.max(), 1e-30),
-        integrality=np.ones(len(pairs)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=limits,
-        options={"mip_rel_gap": 0.0},
-    )
-    assert made.success, made.message
-    return {name: bits for (name, bits), taken in zip(pairs, made.x, strict=True) if taken > 0.5}
-
-
-def _scipy() -> Any:
-    try:
-        import scipy.optimize
-    except ImportError as error:
-        raise DependencyError(
-            "mixed_precision needs scipy for its integer program: pip install 'tersor[solver]'"
-        ) from error
-    return scipy.optimize
 
 
 def under_latency(
@@ -176,7 +127,7 @@ def _costs(shares: Mapping[frozenset[str], float], work: Mapping[str, float]) ->
     timed = [floats for floats in shares if floats]
     inside = np.array([[float(n in floats) for n in names] for floats in timed])
     ridge = np.sqrt(_PRIOR * prior)
-    factors, _ = _scipy().nnls(
+    factors, _ = solver().nnls(
         np.vstack([inside * prior, np.diag(ridge)]),
         np.concatenate([[shares[floats] - fastest for floats in timed], ridge]),
     )

@@ -3,21 +3,16 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.context import Context
-from tersor.ops.losses import class_dimension, divergence, first_output
 from tersor.ops.modules import Quantize, quantized
 from tersor.ops.placement import Point
+from tersor.ops.variants import losses_of
 from tersor.quantization._integer import Rounded, weight_scales
 
 FLOAT = 32
 """Bits of a layer that is left as it is."""
-_TOGETHER = 32
-"""Samples that go through the network at once: their activations stay near the processor."""
-Losses = Mapping[str, Mapping[int, float]]
-"""Layer -> bits -> loss."""
 
 
 def sensitivities(
@@ -48,56 +43,19 @@ def sensitivities(
         name: {b: _rounded(captured, name, b, roundings.get(name, ())) for b in bits if b != FLOAT}
         for name in chosen
     }
-    count = len(next(iter(batch.values())))
-    found: dict[str, dict[int, float]] = {name: dict.fromkeys(bits, 0.0) for name in chosen}
-    starts = range(0, count, _TOGETHER)
-    with torch.no_grad():
-        for start in context.track(starts, "measuring sensitivities", len(starts)):
-            part = {name: tensor[start : start + _TOGETHER] for name, tensor in batch.items()}
-            share = min(_TOGETHER, count - start) / count
-            for name, b, loss in _walk(captured, variants, part, roundings):
-                found[name][b] += share * loss
-    return {name: {b: max(loss, 0.0) for b, loss in own.items()} for name, own in found.items()}
+    found = losses_of(
+        captured,
+        variants,
+        batch,
+        rest=lambda name: _Rounding(captured, roundings.get(name, ())),
+        track=context.track,
+    )
+    return {name: {b: found[name].get(b, 0.0) for b in bits} for name in chosen}
 
 
 def _rounded(captured: fx.GraphModule, name: str, bits: int, rounded: Rounded) -> nn.Module:
     scale_O = weight_scales(captured, name, rounded, bits=bits, clip=True)
     return quantized(captured.get_submodule(name), scale_O, bits)
-
-
-def _walk(
-    captured: fx.GraphModule,
-    variants: Mapping[str, Mapping[int, nn.Module]],
-    batch: Mapping[str, Tensor],
-    roundings: Mapping[str, Rounded],
-) -> list[tuple[str, int, float]]:
-    found: list[tuple[str, int, float]] = []
-    nodes = list(captured.graph.nodes)
-    last = {used: node for node in nodes for used in node.all_input_nodes}
-    done: dict[fx.Node, Any] = {}
-    wanted = first_output(captured(**batch))
-    dimension = class_dimension(wanted, None)
-    walk = fx.Interpreter(captured)
-    walk.args_iter = iter([batch.get(str(n.target)) for n in nodes if n.op == "placeholder"])
-    walk.env = done
-    seen: set[str] = set()
-    for node in nodes:
-        name = str(node.target)
-        if node.op == "call_module" and name in variants and name not in seen:
-            seen.add(name)
-            layer = captured.get_submodule(name)
-            for bits, variant in variants[name].items():
-                captured.set_submodule(name, variant)
-                rest = _Rounding(captured, roundings.get(name, ())).run(
-                    initial_env=dict(done), enable_io_processing=False
-                )
-                found.append((name, bits, float(divergence(first_output(rest), wanted, dimension))))
-            captured.set_submodule(name, layer)
-        done[node] = walk.run_node(node)
-        for used in node.all_input_nodes:
-            if last[used] is node:
-                done[used] = None  # needed no more, and not to be computed again
-    return found
 
 
 class _Rounding(fx.Interpreter):

@@ -15,7 +15,7 @@ from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.float8 import DTYPES, float8, why_not_float8
 from tersor.ops.fold import fold_batch_norms
-from tersor.ops.precision_note import note_precision
+from tersor.ops.notes import note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
             f"{context.target} has no kernels that compute in {config.format}; "
             f"use one of the runtimes {', '.join(able)}, or the step static (int8)"
         )
-    note_precision(net, config.format)
+    note(net, precision=config.format)
     context.record(format=config.format)
     return net
 

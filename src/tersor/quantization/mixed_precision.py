@@ -17,11 +17,12 @@ from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.fake_quantize import settle
 from tersor.ops.fold import fold_batch_norms
+from tersor.ops.knapsack import Losses, solve
 from tersor.ops.modules import check_patterns
 from tersor.ops.placement import place
 from tersor.ops.quality import Judge
 from tersor.ops.twin import gather
-from tersor.quantization._bits import size_budget, solve, under_latency
+from tersor.quantization._bits import size_budget, under_latency
 from tersor.quantization._integer import (
     Calibrator,
     Rounded,
@@ -31,7 +32,7 @@ from tersor.quantization._integer import (
     measure_ranges,
     weight_scales,
 )
-from tersor.quantization._sensitivity import FLOAT, Losses, sensitivities
+from tersor.quantization._sensitivity import FLOAT, sensitivities
 
 _DEFAULT_SIZE = 0.2
 _LEAST_DROP = 0.05

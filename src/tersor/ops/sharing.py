@@ -1,0 +1,192 @@
+"""Sharing: weights that take few values, found by those values and kept so through training.
+
+The values are the sharing, as zeros are the mask: a weight is shared when its elements take few
+values, or its rows are multiples of rows that do. Every training goes through `holding`: gradients
+are projected onto what keeps the sharing, and so are the weights at the end. An element that is
+exactly zero stays zero.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.core.context import Fit
+from tersor.core.errors import StepError
+
+MOST = 256
+"""Values of a shared weight."""
+_FEWEST = 4
+"""Elements of a shared weight for each of its values, at least."""
+_SAMPLE = 4096
+_SAME = 1e-4
+"""Difference of two values, as a share of their row's largest, that rounding explains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """How a weight is made of few values: book[codes], times the scale of the row."""
+
+    codes: Tensor
+    """int64, of the weight's shape."""
+    book: Tensor
+    """(K,), increasing, float64."""
+    scale: Tensor | None = None
+    """Of each row, so that it multiplies the weight; None: one for all."""
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight."""
+        made = self.book[self.codes]
+        return (made if self.scale is None else made * self.scale).to(dtype)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Return the nearest weight that shares as this one does: least squares for each value.
+
+        Elements whose value is exactly zero stay zero, and with scales those at the ends, -1 and 1.
+        """
+        given = weight.detach().double().cpu()
+        ones = torch.ones_like(given) if self.scale is None else self.scale.expand_as(given)
+        flat = self.codes.flatten()
+        sums = torch.zeros_like(self.book).index_add_(0, flat, (given * ones).flatten())
+        squares = torch.zeros_like(self.book).index_add_(0, flat, ones.square().flatten())
+        book = torch.where(self.fixed(), self.book, sums / squares.clamp_min(1e-30))
+        made = Shared(codes=self.codes, book=book, scale=self.scale)
+        return made.values(weight.dtype).to(weight.device)
+
+    def fixed(self) -> Tensor:
+        """Tell which values do not move: zero, and with scales the ends."""
+        ends = self.book.abs() == 1 if self.scale is not None else torch.zeros_like(self.book) > 0
+        return (self.book == 0) | ends
+
+
+def find(weight: Tensor) -> Shared | None:
+    """Find out how a weight shares values; None: it does not.
+
+    Args:
+        weight: At least two dimensions; rows are its first.
+    """
+    given = weight.detach().double().cpu()
+    if given.dim() < 2 or given.numel() < 2 * _FEWEST or not bool(torch.isfinite(given).all()):
+        return None
+    plain = _table(given, given.flatten()[:_SAMPLE], 0.0)
+    if plain is not None:
+        return Shared(codes=plain[0], book=plain[1])
+    scale = given.flatten(1).abs().amax(1).view(-1, *[1] * (given.dim() - 1))
+    ratios = given / torch.where(scale > 0, scale, 1.0)
+    table = _table(ratios, ratios[: 1 + _SAMPLE // given[0].numel()].flatten(), _SAME)
+    if table is None:
+        return None
+    return Shared(codes=table[0], book=table[1], scale=scale)
+
+
+def _table(values: Tensor, sample: Tensor, same: float) -> tuple[Tensor, Tensor] | None:
+    """Return the index of each value in a table, and the table; None where it is no short one."""
+    if _distinct(sample, same)[1] > MOST:
+        return None
+    kinds, inverse = torch.unique(values, return_inverse=True)
+    steps, count = _distinct(kinds, same)
+    if count > min(MOST, values.numel() // _FEWEST) or count < 2:
+        return None
+    group = torch.cumsum(steps, 0) if len(kinds) > 1 else torch.zeros(len(kinds))
+    group = group.long()
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, group, kinds)
+    book = sums / torch.bincount(group, minlength=count)
+    if same:
+        book = torch.where(book.abs() < same, 0.0, book)
+        book = torch.where((book.abs() - 1).abs() < same, book.sign(), book)
+    return group[inverse], book
+
+
+def _distinct(values: Tensor, same: float) -> tuple[Tensor, int]:
+    """Return where sorted distinct values step up by more than `same`, and how many there are."""
+    kinds = torch.unique(values)
+    steps = torch.cat([torch.zeros(1), (kinds.diff() > same).double()])
+    return steps, int(steps.sum()) + 1
+
+
+def shared_weights(net: nn.Module) -> dict[str, Shared]:
+    """Find the trained weights of a network that share values, by parameter name."""
+    found = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad and parameter.dim() > 1 and parameter.is_floating_point():
+            shared = find(parameter)
+            if shared is not None:
+                found[name] = shared
+    return found
+
+
+def holding(fit: Fit) -> Fit:
+    """Return a trainer that does as `fit` and keeps what weights share.
+
+    The gradient of each value is the mean over the elements that have it: the projection onto
+    networks that share, so that learning rates mean what they did (the paper sums).
+
+    Raises (the returned trainer, when called):
+        StepError: `fit` returned another network.
+
+    Source:
+        Han et al., arXiv:1510.00149, section 3.3.
+    """
+
+    def held(net: nn.Module, *args: Any, **settings: Any) -> nn.Module:
+        shared = shared_weights(net)
+        if not shared:
+            return fit(net, *args, **settings)
+        after = settings.get("on_step")
+        scaled = {name: each for name, each in shared.items() if each.scale is not None}
+
+        def on_step(done: int, total: int) -> None:
+            # optimizers that divide by a gradient's size leave the plane of shared rows
+            _project(net, scaled)
+            if after is not None:
+                after(done, total)
+
+        with _averaged_gradients(net, shared):
+            trained = fit(net, *args, **{**settings, "on_step": on_step if scaled else after})
+        missing = [name for name in shared if name not in dict(trained.named_parameters())]
+        if missing:
+            raise StepError(f"the trainer returned a network without {missing[0]!r}")
+        _project(trained, shared)
+        return trained
+
+    return held
+
+
+def _project(net: nn.Module, shared: Mapping[str, Shared]) -> None:
+    parameters = dict(net.named_parameters())
+    with torch.no_grad():
+        for name, each in shared.items():
+            parameters[name].copy_(each.project(parameters[name]))
+
+
+@contextmanager
+def _averaged_gradients(net: nn.Module, shared: Mapping[str, Shared]) -> Iterator[None]:
+    hooks = []
+    for name, parameter in net.named_parameters():
+        if name in shared:
+            hook = _averaging(shared[name])
+            hooks.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]  # torch
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _averaging(shared: Shared) -> Callable[[Tensor], Tensor]:
+    flat, fixed = shared.codes.flatten(), shared.fixed()
+    scale = None if shared.scale is None else shared.scale.float()
+    ones = torch.ones(shared.codes.shape) if scale is None else scale.expand(shared.codes.shape)
+    squares = torch.zeros(len(fixed)).index_add_(0, flat, ones.square().flatten())
+    weight = torch.where(fixed, 0.0, 1 / squares.clamp_min(1e-30))
+
+    def average(gradient: Tensor) -> Tensor:
+        given = gradient.float().cpu()
+        sums = torch.zeros(len(fixed)).index_add_(0, flat, (given * ones).flatten())
+        made = (sums * weight)[shared.codes] * ones
+        return made.to(gradient.device, gradient.dtype)
+
+    return average
