@@ -43,7 +43,7 @@ def context(
     from tersor.core.context import Context, Data
     from tersor.core.runtime import Target
     from tersor.ops.losses import labelled_loss
-    from tersor.ops.masks import holding
+    from tersor.ops.sharing import keeping
 
     def latency(nets: Any) -> Any:
         raise AssertionError("these steps time nothing")
@@ -53,7 +53,7 @@ def context(
         data=Data(calibration=calibration, train=train),
         target=Target(runtime=runtime, options={"threads": threads}),
         loss=labelled_loss,
-        fit=holding(functools.partial(trainer.fit, threads=threads)),
+        fit=keeping(functools.partial(trainer.fit, threads=threads)),
         latency=latency,
         work_dir=folder,
         reference=reference,

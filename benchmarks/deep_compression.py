@@ -5,8 +5,8 @@
 `table`: the recipe `deep-compression` as it is, 8 % of the weights left and 16 values for each
 layer, as in the paper's table 1 (40x and 39x). `beyond`: 6 % left. Both run as a user would run
 them, through `compress` on ONNX Runtime; sizes are of the files that the runtime needs. Error is
-that of the whole test split, of which compress saw one half for its verdicts; that of the other half
-stands beside it. Beside them the same network's file in other containers: zip and xz.
+that of the whole test split, of which compress saw one half for its verdicts; that of the other
+half stands beside it. Beside them the same network's file in other containers: zip and xz.
 Each row is stored as it is measured, so that a run can be stopped and go on. Needs the shared
 workloads. Writes benchmarks/results/deep_compression.json.
 """

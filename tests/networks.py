@@ -146,7 +146,7 @@ def inputs() -> Inputs:
 
 def context(net: nn.Module, work_dir: Path, **changes: Any) -> Context:
     """A context over the digits; latencies come from the real runtime."""
-    from tersor.ops.masks import holding
+    from tersor.ops.sharing import keeping
     from tersor.trainer import fit
 
     def loss(net: nn.Module, batch: Any) -> Tensor:
@@ -165,7 +165,7 @@ def context(net: nn.Module, work_dir: Path, **changes: Any) -> Context:
         "data": data().without_test(),
         "target": Target(runtime="onnxruntime", options={"threads": 1}),
         "loss": loss,
-        "fit": holding(fit),
+        "fit": keeping(fit),
         "latency": latency,
         "work_dir": work_dir,
         "reference": net,

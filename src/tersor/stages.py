@@ -240,7 +240,7 @@ class Run:
             data=self.data.without_test(),
             target=self.recipe.target,
             loss=losses.task_loss(self.data),
-            fit=sharing.holding(masks.holding(self.fit)),
+            fit=sharing.keeping(self.fit),
             latency=timed,
             work_dir=checkpoints,
             seed=self.seed,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tersor.core.context import Fit
 from tersor.core.errors import StepError
+from tersor.ops import masks
 
 MOST = 256
 """Values of a shared weight."""
@@ -72,14 +73,14 @@ def find(weight: Tensor) -> Shared | None:
     if given.dim() < 2 or given.numel() < 2 * _FEWEST or not bool(torch.isfinite(given).all()):
         return None
     plain = _table(given, given.flatten()[:_SAMPLE], 0.0)
-    if plain is not None:
+    if plain is not None and len(plain[1]) <= len(given):
         return Shared(codes=plain[0], book=plain[1])
     scale = given.flatten(1).abs().amax(1).view(-1, *[1] * (given.dim() - 1))
     ratios = given / torch.where(scale > 0, scale, 1.0)
     table = _table(ratios, ratios[: 1 + _SAMPLE // given[0].numel()].flatten(), _SAME)
-    if table is None:
-        return None
-    return Shared(codes=table[0], book=table[1], scale=scale)
+    if table is not None and (plain is None or len(table[1]) + len(given) < len(plain[1])):
+        return Shared(codes=table[0], book=table[1], scale=scale)
+    return None if plain is None else Shared(codes=plain[0], book=plain[1])
 
 
 def _table(values: Tensor, sample: Tensor, same: float) -> tuple[Tensor, Tensor] | None:
@@ -116,6 +117,11 @@ def shared_weights(net: nn.Module) -> dict[str, Shared]:
             if shared is not None:
                 found[name] = shared
     return found
+
+
+def keeping(fit: Fit) -> Fit:
+    """Return a trainer that does as `fit`, fills no zeros and keeps what weights share."""
+    return holding(masks.holding(fit))
 
 
 def holding(fit: Fit) -> Fit:
