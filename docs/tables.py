@@ -5,8 +5,8 @@
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
 compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`,
 `sparse`, `break_even`, `candidates`, `aa`, `startup`, `pruned`, `ways` (of pruning), `oneshot`,
-`structured` or `coverage`. No figure in it is typed by hand. `--check`
-changes nothing and exits with 1 where a page is not up to date.
+`structured`, `coverage`, `deep_compression` or `clustered_int8`. No figure in it is typed by hand.
+`--check` changes nothing and exits with 1 where a page is not up to date.
 """
 
 import argparse
@@ -22,6 +22,7 @@ PAGES = (
     "README.md",
     "README.zh-CN.md",
     "docs/how-to/prune.md",
+    "docs/how-to/share-weights.md",
     "docs/measuring.md",
     "docs/results.md",
     "docs/why-int8-pays.md",
@@ -75,6 +76,8 @@ def rendered(text: str, *, chinese: bool) -> str:
         "oneshot": one_shot,
         "structured": structured,
         "coverage": coverage,
+        "deep_compression": deep_compression,
+        "clustered_int8": clustered_int8,
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -308,6 +311,64 @@ def coverage(chinese: bool) -> str:
 
 
 _PRUNERS = ("tersor", "torch-pruning")
+
+
+def deep_compression(chinese: bool) -> str:
+    """One row a network and amount of weights left: times smaller, error, other containers."""
+    del chinese
+    raw = stored("deep_compression")
+    if raw is None:
+        return ""
+    found: dict[tuple[str, str], list[Plain]] = {}
+    for item in raw["results"]:
+        found.setdefault((item["network"], item["way"]), []).append(item)
+    rows = []
+    for (network, way), items in found.items():
+        before = items[0]["before_bytes"]
+        errors = [i["error_after"]["whole"] for i in items]
+
+        def times(sizes: list[int], before: int = before) -> str:
+            return spread([before / size for size in sizes], "x").replace(" x", "x")
+
+        rows.append(
+            [
+                network,
+                {"table": "8 % left", "beyond": "6 % left"}[way],
+                f"{before / 1e3:.0f} kB",
+                spread([i["after_bytes"] / 1e3 for i in items], "kB"),
+                times([i["after_bytes"] for i in items]),
+                times([i["same_file"]["zip"] for i in items]),
+                times([i["same_file"]["xz"] for i in items]),
+                spread(errors, "%"),
+                f"{items[0]['error_before']['whole']:.2f} %",
+                str(len(items)),
+            ]
+        )
+    head = ["network", "weights", "fp32", "packed", "smaller", "the same in a zip", "in xz"]
+    return table([*head, "error", "original's", "seeds"], rows) + f"\n`{raw['command']}`\n"
+
+
+def clustered_int8(chinese: bool) -> str:
+    """One row a way to int8: file sizes, and what accuracy it costs."""
+    del chinese
+    raw = stored("clustered_int8")
+    if raw is None:
+        return ""
+    alone = next(r["file_bytes"] for r in raw["results"] if r["way"] == "int8")
+    rows = []
+    for r in raw["results"]:
+        sizes = [f"{r[key] / 1e3:.0f} kB" for key in ("file_bytes", "zip_bytes", "packed_bytes")]
+        points = [
+            "{value:+.2f} [{low:+.2f}, {high:+.2f}]".format(**r[f"points_to_{other}"])
+            if f"points_to_{other}" in r
+            else ""
+            for other in ("float", "int8")
+        ]
+        share = f"{r['packed_bytes'] / alone:.3f}"
+        rows.append([r["way"], *sizes, share, f"{r['accuracy']:.2f} %", *points])
+    head = ["way", "file", "zip", "packed", "packed, of the int8 file", "accuracy"]
+    head += ["points to float", "points to int8"]
+    return table(head, rows) + f"\n`{raw['command']}`\n"
 
 
 def spread(values: list[float], unit: str, sign: str = "") -> str:

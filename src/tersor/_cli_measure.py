@@ -38,6 +38,7 @@ def measure(
     A folder or a model file is measured as it is; a network in Python is exported first.
     """
     from tersor.core import plugins
+    from tersor.core.packing import is_packed
     from tersor.core.recipe import read_target
 
     names = tuple(dict.fromkeys(metrics)) or METRICS
@@ -45,7 +46,7 @@ def measure(
         plugins.metric(name)
     asked = read_target(target)
     path = Path(subject)
-    if path.is_dir() or path.suffix in _RUN_FILES:
+    if path.is_dir() or path.suffix in _RUN_FILES or is_packed(path):
         from tersor import benchmark
 
         # compress keeps the untouched original inside the artifact
