@@ -44,7 +44,7 @@ _RATIO = 1 << 14
 _TABLE = 256
 _WHOLE = 1 << 23
 """Bytes of a file up to which it is also tried as one stream."""
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 16
 """Elements that ways of writing are compared on."""
 _STORED, _LZMA = 0, 1
 _CONTEXTS = (0, 2, 4)
