@@ -45,6 +45,8 @@ def compress(
     seed: int | None,
     weights: Path | None,
     partial: bool,
+    teacher: str | None,
+    teacher_weights: Path | None,
     fit: str | None,
     quality: str | None,
     strict: bool,
@@ -73,8 +75,13 @@ def compress(
     if quality is not None:
         made = import_object(quality, error=DataError, what="quality function")
         batches = replace(batches, quality=made)
+    if teacher_weights is not None and teacher is None:
+        raise DataError("--teacher-weights are those of a teacher; give it with --teacher")
+    guide = None if teacher is None else pipeline.load(teacher, weights=teacher_weights)
     wanted: dict[str, Any] = {
         "data": batches,
+        "teacher": guide,
+        "fit": None if fit is None else import_object(fit, error=DataError, what="trainer"),
         "goal": goal,
         "metrics": tuple(dict.fromkeys([*METRICS, *metrics, *earlier.get("metrics", ())])),
         "out": out,
@@ -87,7 +94,6 @@ def compress(
                 loaded,
                 chosen,
                 **wanted,
-                fit=None if fit is None else import_object(fit, error=DataError, what="trainer"),
                 seed=earlier.get("seed", 0) if seed is None else seed,
                 threads=threads,
                 batch=batch or earlier.get("batch", 1),
@@ -134,6 +140,8 @@ def demo(
         seed=None,
         weights=None,
         partial=False,
+        teacher=None,
+        teacher_weights=None,
         fit=None,
         quality=None,
         strict=False,
