@@ -75,8 +75,12 @@ def compress(
     if quality is not None:
         made = import_object(quality, error=DataError, what="quality function")
         batches = replace(batches, quality=made)
-    if teacher_weights is not None and teacher is None:
+    if teacher is None and teacher_weights is not None:
         raise DataError("--teacher-weights are those of a teacher; give it with --teacher")
+    if teacher is None and earlier.get("teacher"):
+        raise DataError(
+            f"the run in {again} learnt from {earlier['teacher']}; give it again with --teacher"
+        )
     guide = None if teacher is None else pipeline.load(teacher, weights=teacher_weights)
     wanted: dict[str, Any] = {
         "data": batches,
@@ -185,6 +189,7 @@ def _earlier(folder: Path) -> dict[str, Any]:
     return {
         "recipe": artifact.recipe,
         "seed": int(artifact.manifest.get("seed", 0)),
+        "teacher": artifact.manifest.get("teacher"),
         "batch": int(environment.get("batch", 1)),
         "metrics": [measurement.metric for measurement in artifact.report.after],
     }

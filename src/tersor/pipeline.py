@@ -212,7 +212,8 @@ def compress(
             command=command,
             seconds=time.perf_counter() - started,
         )
-        made = _write(out, run, before, current, report, mark)
+        origin = None if guide is None else guide.origin
+        made = _write(out, run, before, current, report, mark, origin)
         workspace.remove(work)
     return made
 
@@ -270,7 +271,13 @@ def _decide_on(data: Data) -> tuple[Data, list[str]]:
 
 
 def _write(
-    out: Path, run: Run, before: State, after: State, report: Report, mark: Mapping[str, str]
+    out: Path,
+    run: Run,
+    before: State,
+    after: State,
+    report: Report,
+    mark: Mapping[str, str],
+    teacher: str | None,
 ) -> Artifact:
     """Write the artifact, with the untouched original beside the result."""
     manifest = {
@@ -284,6 +291,7 @@ def _write(
             }
             for name, tensor in run.inputs.example.items()
         },
+        **({} if teacher is None else {"teacher": teacher}),
         "seed": run.seed,
         "fingerprint": dict(mark),
         "environment": environment(),

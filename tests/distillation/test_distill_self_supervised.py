@@ -99,8 +99,8 @@ def test_a_network_without_a_head(tiny_context: Make) -> None:
 
     before = error()
     context = tiny_context(teacher)
-    distill_self_supervised(net, DistillSelfSupervised(epochs=2, lr=0.5), context)
-    assert error() < before / 2
+    distill_self_supervised(net, DistillSelfSupervised(epochs=2, lr=0.02, match=4), context)
+    assert error() < 0.6 * before
     assert context.facts["features"] == {"student": "output", "teacher": "output"}
 
 
