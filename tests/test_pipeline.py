@@ -9,7 +9,14 @@ from torch import nn
 from tersor import workspace
 from tersor.core.artifact import Artifact
 from tersor.core.context import Data
-from tersor.core.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
+from tersor.core.errors import (
+    ArtifactError,
+    DataError,
+    ModelError,
+    RecipeError,
+    StepError,
+    TargetError,
+)
 from tersor.core.model import Model
 from tersor.core.recipe import Recipe
 from tersor.pipeline import compress, load, load_data, plan
@@ -387,6 +394,12 @@ def test_settings_that_nothing_would_read(tmp_path):
         Recipe.parse({"steps": ["finetune"], "target": EAGER, "training": {"emma": 1}})
     with pytest.raises(RecipeError, match=r"training: .*ema must be in \[0, 1\), got 2"):
         Recipe.parse({"steps": ["finetune"], "target": EAGER, "training": {"ema": 2}})
+
+
+def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TargetError, match="compress is one of 2 processes, and its verdicts are"):
+        run(tmp_path, "fuse_batch_norm")
 
 
 def zeros_of(artifact, tmp_path):

@@ -604,6 +604,7 @@ def together(rank: int, count: int, folder: str) -> None:
         Path(folder, f"{rank}.txt").write_text(str(error))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Rows are shared out, gradients added: the same steps as of whole batches, to rounding."""
     with socket.socket() as free:

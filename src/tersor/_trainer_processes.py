@@ -96,13 +96,20 @@ def num_rows(batch: Batch) -> int:
     return next((len(value) for value in batch.values() if value.dim()), 1)
 
 
+def num_started() -> int:
+    """Count the processes that were started together, this one included."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def together(device: torch.device) -> Iterator[Processes]:
     """Join the processes that were started together: a group of the user's own, or torchrun's."""
     if dist.is_available() and dist.is_initialized():
         yield Processes(rank=dist.get_rank(), count=dist.get_world_size())
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if num_started() == 1:
         yield Processes()
         return
     if device.type == "cuda":

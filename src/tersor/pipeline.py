@@ -150,10 +150,11 @@ def compress(
         The artifact; `artifact.report.reached` tells whether every limit holds.
 
     Raises:
-        TersorError: before any work for mistakes; StepError when a technique fails.
+        TersorError: before any work for mistakes, or in one of several processes; StepError when a technique fails.
         KeyboardInterrupt: stopped; run again with `resume=True`.
     """
     started = time.perf_counter()
+    trainer.check_alone()
     model = _as_model(model)
     out = Path(out)
     resolved = _resolve(recipe, goal, target, threads)

@@ -22,7 +22,14 @@ from tersor._trainer_optimizer import (
     make_optimizer,
     set_rate,
 )
-from tersor._trainer_processes import Processes, num_rows, to_device, together, weights_of
+from tersor._trainer_processes import (
+    Processes,
+    num_rows,
+    num_started,
+    to_device,
+    together,
+    weights_of,
+)
 from tersor.core.context import Batch, Loss, Track, silent
 from tersor.core.errors import DataError, StepError, TargetError
 from tersor.core.hardware import usable_cores
@@ -237,6 +244,20 @@ class _Job:
             raise _not_finite("gradient", norm.item(), step)
         scaler.step(optimizer)
         scaler.update()
+
+
+def check_alone() -> None:
+    """Refuse to decide by a stopwatch in several processes, which would each decide otherwise.
+
+    Raises:
+        TargetError: this is one of several processes.
+    """
+    count = num_started()
+    if count > 1:
+        raise TargetError(
+            f"compress is one of {count} processes, and its verdicts are timings: run it alone. To "
+            "train in several processes call tersor.trainer.fit in each, and compress the result"
+        )
 
 
 def choose_threads(net: nn.Module, batches: Iterable[Batch]) -> int:
