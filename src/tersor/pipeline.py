@@ -150,7 +150,8 @@ def compress(
         The artifact; `artifact.report.reached` tells whether every limit holds.
 
     Raises:
-        TersorError: before any work for mistakes, or in one of several processes; StepError when a technique fails.
+        TersorError: before any work for mistakes, or in one of several processes; StepError when a
+            technique fails.
         KeyboardInterrupt: stopped; run again with `resume=True`.
     """
     started = time.perf_counter()
