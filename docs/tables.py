@@ -2,11 +2,9 @@
 
     python docs/tables.py [--check]
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
-compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`,
-`sparse`, `break_even`, `candidates`, `aa`, `startup`, `pruned`, `ways` (of pruning), `oneshot`,
-`structured`, `coverage`, `deep_compression` or `clustered_int8`. No figure in it is typed by hand.
-`--check` changes nothing and exits with 1 where a page is not up to date.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is one that `rendered`
+knows. No figure in it is typed by hand. `--check` changes nothing and exits with 1 where a page is
+not up to date.
 """
 
 import argparse
@@ -21,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
     "README.zh-CN.md",
+    "docs/how-to/distill.md",
     "docs/how-to/prune.md",
     "docs/how-to/share-weights.md",
     "docs/measuring.md",
@@ -78,6 +77,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "coverage": coverage,
         "deep_compression": deep_compression,
         "clustered_int8": clustered_int8,
+        "distilled": distilled,
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -369,6 +369,60 @@ def clustered_int8(chinese: bool) -> str:
     head = ["way", "file", "zip", "packed", "packed, of the int8 file", "accuracy"]
     head += ["points to float", "points to int8"]
     return table(head, rows) + f"\n`{raw['command']}`\n"
+
+
+def distilled(chinese: bool) -> str:
+    """What a teacher brought, one row a student; and what the trainer's own parts do."""
+    del chinese
+    raw = stored("distillation")
+    if raw is None:
+        return ""
+    found: dict[str, list[Any]] = {}
+    for item in raw["results"]:
+        found.setdefault(item["part"], []).append(item)
+    rows = []
+    for way in ("labels", "distilled"):
+        items = [i for i in found.get("teacher", []) if i["way"] == way]
+        if items:
+            rows.append(
+                [
+                    f"resnet20, one epoch, {way}",
+                    spread([i["accuracy"] for i in items], "%"),
+                    f"{items[0]['original']['accuracy']:.2f} %",
+                    f"{items[0]['teacher']['accuracy']:.2f} %",
+                    "",
+                ]
+            )
+    for item in found.get("half", []):
+        smaller = f"{item['times_fewer_macs']:.2f}x fewer multiply-accumulates"
+        given = f"{item['teacher']['accuracy']:.2f} %"
+        rows.append(
+            ["resnet56, half the channels", f"{item['accuracy']:.2f} %", given, given, smaller]
+        )
+    for item in found.get("sentiment", []):
+        given = f"{item['teacher']['whole']:.2f} %"
+        faster = ", ".join(f"{times_faster(r)} at {b}" for b, r in item["times_faster"].items())
+        share = f"{item['whole']:.2f} % ({100 * item['share_of_teacher']:.1f} % of it)"
+        rows.append(["sentiment, half the blocks", share, given, given, f"{faster}, one thread"])
+    head = ["student", "accuracy", "before", "teacher", "cheaper than the teacher"]
+    text = table(head, rows) if rows else ""
+    pooled = raw["distilled_minus_labels"]
+    if pooled is not None:
+        seeds = ", ".join(map(str, pooled["seeds"]))
+        text += f"\nDistilled minus labels: {interval(pooled)} points, seeds {seeds}.\n"
+    for item in found.get("precision", []):
+        accuracy = interval(item["bf16_minus_fp32"])
+        text += (
+            f"\nresnet8 trains {times_faster(item['times_faster'])} faster in bfloat16 than in "
+            f"float32 on this processor; bfloat16 minus float32: {accuracy} points.\n"
+        )
+    for item in found.get("resume", []):
+        word = "the same" if item["identical"] else "**other**"
+        text += (
+            f"\nA training that was killed after step {item['killed_after']} and resumed came to "
+            f"{word} weights as one that was not (sha256 `{item['sha256']['resumed'][:12]}`).\n"
+        )
+    return text + f"\n`{raw['command']}`\n"
 
 
 def spread(values: list[float], unit: str, sign: str = "") -> str:

@@ -115,3 +115,26 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(script: Path) -> None:
     resumed = fresh(*words, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert (script.parent / "out" / "report.html").is_file()
+
+
+def test_a_teacher_from_the_words(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = script.parent
+    (folder / "quick.yaml").write_text(
+        "steps: [{distill_logits: {epochs: 0.2}}]\ntarget: torch_eager\ntraining: {ema: 0.9}\n"
+    )
+    with script.open("a") as file:
+        file.write("\ndef teacher():\n    return networks.tiny_cnn(16, trained=False)\n")
+    code, err = failing(capsys, *job(script, "--teacher-weights", "x.safetensors"))
+    assert (code, err) == (2, "--teacher-weights are those of a teacher; give it with --teacher\n")
+    code, _, _ = talk(capsys, *job(script, "--teacher", f"{script}:teacher"))
+    assert code == 0
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert manifest["teacher"].endswith("mine.py:teacher")
+    assert manifest["recipe"]["training"] == {"ema": 0.9}
+    words = job(script)
+    at = words.index("--recipe")
+    again = [*words[:at], "--again", str(folder / "out"), *words[at + 2 :]]
+    code, err = failing(capsys, *again)
+    assert code == 2
+    assert err.startswith(f"the run in {folder / 'out'} learnt from ")
+    assert err.endswith("mine.py:teacher; give it again with --teacher\n")

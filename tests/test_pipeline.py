@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,15 @@ from torch import nn
 from tersor import workspace
 from tersor.core.artifact import Artifact
 from tersor.core.context import Data
-from tersor.core.errors import ArtifactError, DataError, ModelError, RecipeError, StepError
+from tersor.core.errors import (
+    ArtifactError,
+    DataError,
+    ModelError,
+    RecipeError,
+    StepError,
+    TargetError,
+)
+from tersor.core.model import Model
 from tersor.core.recipe import Recipe
 from tersor.pipeline import compress, load, load_data, plan
 from tests import networks
@@ -293,6 +302,104 @@ def test_fingerprint_is_of_every_field():
     )
     other = workspace.fingerprint(net, changed, recipe("fuse_batch_norm"), 0, 1, 1)
     assert [k for k in base if base[k] != other[k]] == ["test"]
+
+
+def stored_bytes(artifact):
+    return b"".join(file.read_bytes() for file in artifact.model_files)
+
+
+DISTILLED = {"distill_logits": {"epochs": 0.3}}
+
+
+def test_a_teacher_of_ones_own(tmp_path):
+    """It changes what is learnt, not what fidelity is measured against; it stays as it was."""
+    teacher, student = networks.tiny_cnn(16), networks.tiny_cnn(8)
+    before = copy.deepcopy(teacher.state_dict())
+    own = run(tmp_path / "own", DISTILLED, net=copy.deepcopy(student))
+    other = run(tmp_path / "other", DISTILLED, net=student, teacher=teacher, metrics=("fidelity",))
+    assert stored_bytes(own) != stored_bytes(other)
+    assert other.report.before[0].value == 100
+    assert other.manifest["teacher"] == "module:TinyCnn"
+    assert "teacher" not in own.manifest
+    assert {"teacher"} <= set(other.manifest["fingerprint"])
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+
+
+def test_a_teacher_that_does_not_fit(tmp_path):
+    with pytest.raises(RecipeError, match="a teacher was given, but no step of the recipe learns"):
+        run(tmp_path, "fuse_batch_norm", teacher=networks.tiny_cnn())
+    fewer = networks.tiny_cnn()
+    fewer.fc = torch.nn.Linear(16, 3)
+    with pytest.raises(
+        ModelError, match=r"TinyCnn answers in shape \(2, 3\), the network in \(2, 10\)"
+    ):
+        run(tmp_path, DISTILLED, teacher=fewer)
+    with pytest.raises(DataError, match="forward takes input; the batches hold x; missing: input"):
+        run(tmp_path, DISTILLED, teacher=torch.nn.Sequential(fewer))
+    exported = Model(net=None, form="exported", origin="test")
+    with pytest.raises(ModelError, match="the teacher is of form 'exported'; steps that train"):
+        run(tmp_path, DISTILLED, teacher=exported)
+    assert not (tmp_path / "out.work").exists()
+
+
+def trained_as(tmp_path, training, **more):
+    made = Recipe.parse(
+        {"steps": [{"finetune": {"epochs": 0.3}}], "target": EAGER, "training": training}
+    )
+    found = compress(
+        Model(net=networks.tiny_cnn(), form="module", origin="test"),
+        made,
+        data=networks.data(),
+        out=tmp_path / "out",
+        metrics=("size",),
+        **more,
+    )
+    return stored_bytes(found), found
+
+
+def test_settings_of_the_recipe_reach_the_trainer(tmp_path):
+    plain, _ = trained_as(tmp_path / "0", {})
+    for number, training in enumerate(
+        (
+            {"ema": 0.9},
+            {"accumulate": 2},
+            {"label_smoothing": 0.2},
+            {"optimizer": "adamw"},
+            {"clip": 0.01},
+            {"decay": 0.1},
+            {"warm_up": 1.0},
+        )
+    ):
+        found, artifact = trained_as(tmp_path / f"{number + 1}", training)
+        assert found != plain, training
+        assert artifact.recipe["training"] == training
+
+
+def test_settings_that_nothing_would_read(tmp_path):
+    def own(net, loss, **_):
+        return net
+
+    with pytest.raises(
+        RecipeError, match="training: ema, accumulate: these are settings of tersor"
+    ):
+        trained_as(tmp_path, {"ema": 0.9, "accumulate": 2}, fit=own)
+    trained_as(tmp_path, {"label_smoothing": 0.1}, fit=own)  # it is in the loss
+    made = Recipe.parse(
+        {"steps": ["finetune"], "target": EAGER, "training": {"label_smoothing": 0.1}}
+    )
+    data = dataclasses.replace(networks.data(), loss=lambda net, batch: net(batch["x"]).sum())
+    with pytest.raises(DataError, match=r"label_smoothing 0.1 is for the loss that tersor tells"):
+        compress(networks.tiny_cnn(), made, data=data, out=tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"training: emma.*|unknown field 'emma'"):
+        Recipe.parse({"steps": ["finetune"], "target": EAGER, "training": {"emma": 1}})
+    with pytest.raises(RecipeError, match=r"training: .*ema must be in \[0, 1\), got 2"):
+        Recipe.parse({"steps": ["finetune"], "target": EAGER, "training": {"ema": 2}})
+
+
+def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TargetError, match="compress is one of 2 processes, and its verdicts are"):
+        run(tmp_path, "fuse_batch_norm")
 
 
 def zeros_of(artifact, tmp_path):

@@ -2,6 +2,10 @@
 
 import copy
 import math
+import os
+import re
+import resource
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from tersor.core.errors import DataError, StepError
+from tersor.core.errors import DataError, StepError, TargetError
 from tersor.core.hardware import usable_cores
 from tersor.trainer import choose_threads, fit
 from tests import networks
@@ -336,7 +341,9 @@ def test_progress() -> None:
         return items
 
     fit(plain(), loss, batches=Shuffled(), epochs=1, display=display, threads=1)
-    assert seen == [("training", 5)]
+    ((what, total),) = seen
+    assert total == 5
+    assert re.fullmatch(r"training, loss \d\.\d+", what())
 
 
 def test_threads_are_measured_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,3 +356,272 @@ def test_threads_are_measured_unless_they_are_given(monkeypatch: pytest.MonkeyPa
     assert choose_threads(net, networks.split(0, 64)) in {1, max(1, cores // 2), cores}
     assert not net.training
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_the_average_written_out() -> None:
+    """Three steps: the result is the running average of the weights, not the last ones."""
+    last, decay = plain(), 0.3
+    seen: list[dict[str, Tensor]] = []
+    before = {k: v.detach().clone() for k, v in last.named_parameters()}
+    batches = Shuffled(192)
+    run: dict[str, Any] = {"batches": batches, "epochs": 1, "threads": 1}
+    fit(
+        last,
+        loss,
+        on_step=lambda *_: seen.append({k: v.detach().clone() for k, v in last.named_parameters()}),
+        **run,
+    )
+    averaged = fit(plain(), loss, ema=decay, **run)
+    for name, parameter in averaged.named_parameters():
+        wanted = before[name].double()
+        for step, weights in enumerate(seen, 1):
+            share = min(decay, (1 + step) / (10 + step))
+            wanted = share * wanted + (1 - share) * weights[name].double()
+        torch.testing.assert_close(parameter.detach().double(), wanted, rtol=1e-5, atol=1e-6)
+    assert not same(averaged, last)
+    assert averaged.norm.num_batches_tracked == 3
+
+
+def test_the_average_fills_no_zeros() -> None:
+    """Weights that are pruned in the middle of a training are zero in the average, too."""
+    net = plain()
+
+    def prune(*_: int) -> None:
+        with torch.no_grad():
+            net.hidden.weight[:, :8] = 0
+
+    fit(net, loss, batches=Shuffled(), epochs=1, ema=0.9, on_step=prune, threads=1)
+    assert not net.hidden.weight[:, :8].any()
+    assert net.hidden.weight[:, 8:].all()
+
+
+class Smooth(nn.Module):
+    """Without batch norm and dropout: a batch in parts is the same as the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.last = nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.hidden(x.flatten(1))))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_accumulated_parts_are_the_whole_batch(optimizer: Any) -> None:
+    """Also when the last part is smaller, and when the passes do not divide evenly."""
+    parts, whole = networks.split(0, 150, 20), networks.split(0, 150, 60)
+    steps: list[int] = []
+    nets = [
+        fit(
+            Smooth(),
+            loss,
+            batches=batches,
+            epochs=1,
+            accumulate=count,
+            threads=1,
+            optimizer=optimizer,
+            on_step=lambda step, total: steps.append(total),
+        )
+        for batches, count in ((parts, 3), (whole, 1))
+    ]
+    assert steps == [3] * 6
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("stop", [1, 4])
+def test_average_scale_and_accumulation_are_resumed_to_the_bit(
+    precision: Any, stop: int, tmp_path: Path
+) -> None:
+    run: dict[str, Any] = {
+        "batches": Shuffled(),
+        "epochs": 2.2,
+        "threads": 1,
+        "ema": 0.8,
+        "accumulate": 2,
+        "precision": precision,
+    }
+    whole = fit(plain(), loss, **run)
+    file = tmp_path / "checkpoint.safetensors"
+
+    def interrupt(step: int, _: int) -> None:
+        if step == stop + 1:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        fit(plain(), loss, checkpoint=file, on_step=interrupt, checkpoint_every_s=0, **run)
+    steps: list[int] = []
+    resumed = fit(plain(), loss, checkpoint=file, on_step=lambda s, _: steps.append(s), **run)
+    assert steps == list(range(stop + 1, 7))
+    assert same(resumed, whole)
+
+
+def test_a_loss_is_scaled_in_fp16_and_steps_that_overflow_are_skipped() -> None:
+    """The first scale, 65536, is too large for gradients of this size; it falls until it fits."""
+
+    def large(net: nn.Module, batch: Any) -> Tensor:
+        return 100 * loss(net, batch)
+
+    net, seen = Smooth(), []
+    before = copy.deepcopy(net)
+    fit(
+        net,
+        large,
+        batches=Shuffled(640),
+        epochs=1,
+        precision="fp16",
+        threads=1,
+        on_step=lambda *_: seen.append(same(net, before)),
+    )
+    assert seen[0]
+    assert not seen[-1]
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_what_overflows_at_every_scale_is_not_finite() -> None:
+    def breaks(net: nn.Module, batch: Any) -> Tensor:
+        value = loss(net, batch)
+        return value + (value - value).abs().sqrt()
+
+    with pytest.raises(StepError, match="the gradient is nan at training step 17; the weights"):
+        fit(plain(), breaks, batches=Shuffled(1280), epochs=1, precision="fp16", threads=1)
+
+
+def test_clip_warm_up_and_decay_reach_the_optimizer() -> None:
+    batches = networks.split(0, 64)
+    moved = {}
+    for name, changes in {
+        "plain": {},
+        "clip": {"clip": 1e-3},
+        "decay": {"decay": 0.0},
+        "warm_up": {"warm_up": 1.0},
+    }.items():
+        net = Smooth()
+        before = net.hidden.weight.detach().clone()
+        fit(net, loss, batches=batches, epochs=4, optimizer="sgd", threads=1, **changes)  # type: ignore[arg-type]
+        moved[name] = (net.hidden.weight.detach() - before).norm().item()
+    assert moved["clip"] < 0.1 * moved["plain"]
+    assert moved["warm_up"] < moved["plain"]
+    assert moved["decay"] != moved["plain"]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """The kernel refuses to write past a limit, as a full disk does; no part of ours is replaced."""
+    file = tmp_path / "checkpoint.safetensors"
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step: int, _: int) -> None:
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, usual[1]))
+
+    run: dict[str, Any] = {"batches": Shuffled(), "epochs": 1, "threads": 1, "checkpoint": file}
+    try:
+        with pytest.raises(
+            StepError,
+            match=r"the checkpoint of step 3 \(0.0 MB\) cannot be written to "
+            r"'checkpoint.safetensors': File too large; the one of step 2 stays. Make room, then",
+        ):
+            fit(plain(), loss, on_step=fill, checkpoint_every_s=0, **run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    steps: list[int] = []
+    resumed = fit(plain(), loss, on_step=lambda s, _: steps.append(s), **run)
+    assert steps == [3, 4, 5]
+    del run["checkpoint"]
+    assert same(resumed, fit(plain(), loss, **run))
+
+
+def test_a_full_disk_before_the_first_checkpoint(tmp_path: Path) -> None:
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, usual[1]))
+    try:
+        with pytest.raises(StepError, match="File too large; there is none before it"):
+            fit(plain(), loss, batches=Shuffled(), epochs=1, checkpoint=tmp_path / "c", threads=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    count = 0
+
+    def breaks(net: nn.Module, batch: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        return loss(net, batch) * (float("inf") if count == 4 else 1)
+
+    file = tmp_path / "checkpoint.safetensors"
+    run: dict[str, Any] = {"batches": Shuffled(), "epochs": 1, "threads": 1, "checkpoint": file}
+    with pytest.raises(StepError, match="the loss is inf at training step 4"):
+        fit(plain(), breaks, checkpoint_every_s=0, **run)
+    steps: list[int] = []
+    fit(plain(), loss, on_step=lambda s, _: steps.append(s), **run)
+    assert steps == [4, 5]
+
+
+def test_a_device_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(TargetError, match="training on 'cuda' was asked for, but PyTorch sees no"):
+        fit(plain(), loss, batches=Shuffled(), epochs=1, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"clip": 0.0}, "clip must be positive, got 0.0"),
+        ({"decay": -1.0}, "decay must not be negative, got -1.0"),
+        ({"warm_up": 2.0}, r"warm_up must be in \[0, 1\], got 2.0"),
+    ],
+)
+def test_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(plain(), loss, batches=Shuffled(), epochs=1, **settings)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def together(rank: int, count: int, folder: str) -> None:
+    """What each of the spawned processes does: torchrun's environment, and a training."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    torch.set_num_threads(1)
+    place = Path(folder)
+    run: dict[str, Any] = {"batches": networks.split(0, 333), "epochs": 2, "threads": 1}
+    run |= {"checkpoint": place / "checkpoint.safetensors", "ema": 0.5, "accumulate": 2}
+    net = fit(Smooth(), loss, **run)
+    torch.save(net.state_dict(), place / f"{rank}.pt")
+    other = Smooth() if rank else plain()
+    try:
+        fit(other, loss, batches=networks.split(0, 64), epochs=1, threads=1)
+    except StepError as error:
+        Path(folder, f"{rank}.txt").write_text(str(error))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Rows are shared out, gradients added: the same steps as of whole batches, to rounding."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(together, (2, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    alone = fit(
+        Smooth(), loss, batches=networks.split(0, 333), epochs=2, threads=1, ema=0.5, accumulate=2
+    )
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name, wanted in alone.state_dict().items():
+        assert torch.equal(states[0][name], states[1][name])
+        torch.testing.assert_close(states[0][name], wanted, rtol=1e-4, atol=1e-6)
+    with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
+        assert {"random.0", "random.1"} <= set(file.keys())
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank}.txt").read_text() == (
+            "process 1 of 2 has a network, settings or a checkpoint other than process 0; all must "
+            "be given the same network, batches, settings and checkpoint"
+        )

@@ -45,6 +45,8 @@ def compress(
     seed: int | None,
     weights: Path | None,
     partial: bool,
+    teacher: str | None,
+    teacher_weights: Path | None,
     fit: str | None,
     quality: str | None,
     strict: bool,
@@ -73,8 +75,17 @@ def compress(
     if quality is not None:
         made = import_object(quality, error=DataError, what="quality function")
         batches = replace(batches, quality=made)
+    if teacher is None and teacher_weights is not None:
+        raise DataError("--teacher-weights are those of a teacher; give it with --teacher")
+    if teacher is None and earlier.get("teacher"):
+        raise DataError(
+            f"the run in {again} learnt from {earlier['teacher']}; give it again with --teacher"
+        )
+    guide = None if teacher is None else pipeline.load(teacher, weights=teacher_weights)
     wanted: dict[str, Any] = {
         "data": batches,
+        "teacher": guide,
+        "fit": None if fit is None else import_object(fit, error=DataError, what="trainer"),
         "goal": goal,
         "metrics": tuple(dict.fromkeys([*METRICS, *metrics, *earlier.get("metrics", ())])),
         "out": out,
@@ -87,7 +98,6 @@ def compress(
                 loaded,
                 chosen,
                 **wanted,
-                fit=None if fit is None else import_object(fit, error=DataError, what="trainer"),
                 seed=earlier.get("seed", 0) if seed is None else seed,
                 threads=threads,
                 batch=batch or earlier.get("batch", 1),
@@ -134,6 +144,8 @@ def demo(
         seed=None,
         weights=None,
         partial=False,
+        teacher=None,
+        teacher_weights=None,
         fit=None,
         quality=None,
         strict=False,
@@ -177,6 +189,7 @@ def _earlier(folder: Path) -> dict[str, Any]:
     return {
         "recipe": artifact.recipe,
         "seed": int(artifact.manifest.get("seed", 0)),
+        "teacher": artifact.manifest.get("teacher"),
         "batch": int(environment.get("batch", 1)),
         "metrics": [measurement.metric for measurement in artifact.report.after],
     }

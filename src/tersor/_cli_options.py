@@ -59,6 +59,12 @@ Weights = Annotated[
     Path | None, option("--weights", "FILE", "a .safetensors file for the network, or an artifact")
 ]
 Partial = Annotated[bool, option("--partial", None, "load the weights that fit, say what did not")]
+Teacher = Annotated[
+    str | None, option("--teacher", "MODEL", "what distillation learns from, not MODEL itself")
+]
+TeacherWeights = Annotated[
+    Path | None, option("--teacher-weights", "FILE", "a .safetensors file for the teacher")
+]
 Resume = Annotated[bool, option("--resume", None, "go on with a run that was interrupted")]
 Json = Annotated[bool, option("--json", None, "one JSON document on stdout")]
 Debug = Annotated[bool, option("--debug", None, "show the traceback of an error")]

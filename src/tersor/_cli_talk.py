@@ -96,20 +96,23 @@ class Progress:
         self.depth = 0
         self.drawn = 0.0
 
-    def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-        """Yield `items`, drawing a line for them."""
+    def __call__(
+        self, items: Iterable[T], what: str | Callable[[], str], total: int | None = None
+    ) -> Iterator[T]:
+        """Yield `items`, drawing a line for them; a function says its words anew each time."""
         if not sys.stderr.isatty():
             yield from items
             return
         if total is None and isinstance(items, Sized):
             total = len(items)
         live = self._started()
-        task = live.add_task(what, total=total)
+        say = what if callable(what) else lambda: what
+        task = live.add_task(say(), total=total)
         self.depth += 1
         try:
             for item in items:
                 yield item
-                live.advance(task)
+                live.update(task, advance=1, description=say())
                 self._draw()
         finally:
             self.depth -= 1

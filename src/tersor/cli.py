@@ -17,6 +17,8 @@ from tersor._cli_options import (
     Resume,
     Subject,
     Target,
+    Teacher,
+    TeacherWeights,
     Threads,
     Weights,
     argument,
@@ -110,6 +112,8 @@ def compress(
     ] = None,
     weights: Weights = None,
     partial: Partial = False,
+    teacher: Teacher = None,
+    teacher_weights: TeacherWeights = None,
     fit: Annotated[
         str | None, option("--fit", "FILE.py:FUNCTION", "your trainer instead of ours")
     ] = None,
@@ -151,6 +155,8 @@ def compress(
         seed=seed,
         weights=weights,
         partial=partial,
+        teacher=teacher,
+        teacher_weights=teacher_weights,
         fit=fit,
         quality=quality,
         strict=strict,

@@ -4,6 +4,7 @@ A network, a recipe and data go in; every stage is applied, exported, measured o
 judged; an artifact that runs without tersor's training side comes out.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +26,17 @@ from tersor.core.report import Report, StageReport
 from tersor.core.report_page import to_html
 from tersor.core.report_text import to_markdown
 from tersor.core.runtime import Target
+from tersor.core.training import Training
 from tersor.ops import splits
-from tersor.plan import Plan, check, forecast, make_inputs, try_forward
+from tersor.plan import (
+    Plan,
+    check,
+    check_teacher,
+    check_training,
+    forecast,
+    make_inputs,
+    try_forward,
+)
 from tersor.stages import Run, State
 
 __all__ = ["compress", "load", "load_data", "plan"]
@@ -80,15 +90,20 @@ def plan(
     goal: Goal | None = None,
     target: Target | None = None,
     metrics: Sequence[str] = ("size", "latency", "fidelity"),
+    teacher: Model | torch.nn.Module | None = None,
+    fit: Fit | None = None,
     out: str | Path,
 ) -> Plan:
     """Check everything and predict time, memory and disk, without doing any of it."""
     resolved = _resolve(recipe, goal, target, None)
     names = _metric_names(resolved, metrics)
     check(model, resolved, data, names, Path(out))
+    check_training(resolved, data, fit)
     inputs = make_inputs(model, data)
     if model.form == "module":
         try_forward(model.net, inputs)
+    if teacher is not None:
+        check_teacher(_as_model(teacher), model, resolved, inputs)
     return forecast(model, resolved, data, inputs, names, Path(out))
 
 
@@ -101,6 +116,7 @@ def compress(
     goal: Goal | None = None,
     target: Target | None = None,
     metrics: Sequence[str] = ("size", "latency", "fidelity"),
+    teacher: Model | torch.nn.Module | None = None,
     fit: Fit | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -121,7 +137,9 @@ def compress(
         goal: Instead of the recipe's.
         target: Instead of the recipe's.
         metrics: Measured besides those of the goal.
-        fit: The trainer; tersor's own by default.
+        teacher: What steps of distillation learn from; the untouched `model` by default. Fidelity
+            is measured against `model` all the same.
+        fit: The trainer; tersor's own by default, with the recipe's `training`.
         seed: Decides every random number.
         threads: Of the target; 0 means all usable cores.
         batch: Samples in a timed batch.
@@ -135,21 +153,26 @@ def compress(
         The artifact; `artifact.report.reached` tells whether every limit holds.
 
     Raises:
-        TersorError: before any work for mistakes; StepError when a technique fails.
+        TersorError: before any work for mistakes, or in one of several processes; StepError when a
+            technique fails.
         KeyboardInterrupt: stopped; run again with `resume=True`.
     """
     started = time.perf_counter()
-    if isinstance(model, torch.nn.Module):
-        model = Model(net=model, form="module", origin=f"module:{type(model).__name__}")
+    trainer.check_alone()
+    model = _as_model(model)
     out = Path(out)
     resolved = _resolve(recipe, goal, target, threads)
     names = _metric_names(resolved, metrics)
     data, warnings = _decide_on(data)
     check(model, resolved, data, names, out)
+    check_training(resolved, data, fit)
     inputs = make_inputs(model, data)
     if model.form == "module":
         model.net.eval()
         try_forward(model.net, inputs)
+    guide = None if teacher is None else _as_model(teacher)
+    if guide is not None:
+        check_teacher(guide, model, resolved, inputs)
     artifact.check_out(out)
     work = out.with_name(out.name + ".work")
     with artifact.lock(out):
@@ -157,6 +180,8 @@ def compress(
         if training is None and model.form == "module" and data.train is not None:
             training = trainer.choose_threads(model.net, data.train)
         mark = workspace.fingerprint(model.net, data, resolved, seed, batch, training or 1)
+        if guide is not None:
+            mark["teacher"] = workspace.hash_of(guide.net)
         if resume and (whole := workspace.written(out, mark)) is not None:
             artifact.clear_left(out)
             if work.exists():
@@ -171,8 +196,9 @@ def compress(
             names=names,
             batch=batch,
             seed=seed,
-            fit=fit or functools.partial(trainer.fit, threads=training or 1, display=display),
+            fit=fit or _own_fit(resolved.training, training or 1, display),
             work=work,
+            teacher=None if guide is None else guide.net,
             display=display,
             warnings=[*model.notes, *warnings],
         )
@@ -191,9 +217,23 @@ def compress(
             command=command,
             seconds=time.perf_counter() - started,
         )
-        made = _write(out, run, before, current, report, mark)
+        origin = None if guide is None else guide.origin
+        made = _write(out, run, before, current, report, mark, origin)
         workspace.remove(work)
     return made
+
+
+def _as_model(given: Model | torch.nn.Module) -> Model:
+    if isinstance(given, Model):
+        return given
+    return Model(net=given, form="module", origin=f"module:{type(given).__name__}")
+
+
+def _own_fit(training: Training, threads: int, display: Track) -> Fit:
+    """Return tersor's trainer with the settings of a recipe; smoothing is in the loss."""
+    settings = dataclasses.asdict(training)
+    del settings["label_smoothing"]
+    return functools.partial(trainer.fit, **settings, threads=threads, display=display)
 
 
 _NETWORK = ("network", "weights")
@@ -236,7 +276,13 @@ def _decide_on(data: Data) -> tuple[Data, list[str]]:
 
 
 def _write(
-    out: Path, run: Run, before: State, after: State, report: Report, mark: Mapping[str, str]
+    out: Path,
+    run: Run,
+    before: State,
+    after: State,
+    report: Report,
+    mark: Mapping[str, str],
+    teacher: str | None,
 ) -> Artifact:
     """Write the artifact, with the untouched original beside the result."""
     manifest = {
@@ -250,6 +296,7 @@ def _write(
             }
             for name, tensor in run.inputs.example.items()
         },
+        **({} if teacher is None else {"teacher": teacher}),
         "seed": run.seed,
         "fingerprint": dict(mark),
         "environment": environment(),

@@ -4,18 +4,22 @@ import inspect
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tersor.core import plugins
-from tersor.core.context import Batch, Data
+from tersor.core.context import Batch, Data, Fit
 from tersor.core.errors import DataError, DependencyError, ModelError, RecipeError, TersorError
 from tersor.core.model import Inputs, Model, may_lower
+from tersor.core.plugins import technique_of
 from tersor.core.recipe import Recipe, check_target, stage_name
 from tersor.core.runtime import Form
+from tersor.core.schema import changed
+from tersor.core.training import Training
+from tersor.ops.losses import first_output, task_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,54 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
         raise kind("\n".join(str(m) for m in mistakes))
 
 
+def check_training(recipe: Recipe, data: Data, fit: Fit | None) -> None:
+    """Refuse settings of training that nothing would read.
+
+    Raises:
+        RecipeError: there is a trainer of the user's own, which does not know them.
+        DataError: labels are to be smoothed, but the data bring their own loss.
+    """
+    task_loss(data, recipe.training.label_smoothing)
+    own = replace(recipe.training, label_smoothing=0.0)
+    if fit is not None and own != Training():
+        raise RecipeError(
+            f"training: {', '.join(changed(own))}: these are settings of tersor's trainer, but fit "
+            "gives another one; set them there, and leave them out of the recipe"
+        )
+
+
+def check_teacher(teacher: Model, model: Model, recipe: Recipe, inputs: Inputs) -> None:
+    """Make sure that the network can learn from the teacher, and that a step does.
+
+    Raises:
+        RecipeError: no step learns from a teacher.
+        ModelError: the teacher is not a module, fails, or answers in another shape.
+        DataError: it takes other inputs.
+    """
+    learns = [c for stage in recipe.stages for c in stage if "teacher" in technique_of(c).needs]
+    if not learns:
+        raise RecipeError(
+            "a teacher was given, but no step of the recipe learns from one; add a step of "
+            "distillation, such as distill_logits"
+        )
+    if teacher.form != "module":
+        raise ModelError(
+            f"the teacher is of form {teacher.form!r}; steps that train need it as a module"
+        )
+    teacher.net.eval()
+    _check_names(teacher.net, inputs.example)
+    try_forward(teacher.net, inputs)
+    if model.form != "module":
+        return  # the step that cannot work on this form was refused before
+    with torch.no_grad():
+        answer, wanted = (first_output(n(**inputs.example)) for n in (model.net, teacher.net))
+    if answer.shape != wanted.shape:
+        raise ModelError(
+            f"the teacher {type(teacher.net).__name__} answers in shape {tuple(wanted.shape)}, the "
+            f"network in {tuple(answer.shape)}; a student has the same outputs as its teacher"
+        )
+
+
 def forecast(
     model: Model, recipe: Recipe, data: Data, inputs: Inputs, metrics: Sequence[str], out: Path
 ) -> Plan:
@@ -126,7 +178,7 @@ def forecast(
         for config in stage:
             epochs = float(getattr(config, "epochs", 0.0))
             needs = plugins.technique_of(config).needs
-            passes = 4.0 if "reference" in needs else 3.0
+            passes = 4.0 if "teacher" in needs else 3.0
             seconds += epochs * counts["train"] * per_sample * passes
             if "calibration" in needs:
                 seconds += 2 * counts["calibration"] * per_sample

@@ -86,6 +86,7 @@ class Run:
     seed: int
     fit: Fit
     work: Path
+    teacher: Any = None
     display: Track
     warnings: list[str] = field(default_factory=list)
     first: State | None = None
@@ -239,12 +240,13 @@ class Run:
             inputs=self.inputs,
             data=self.data.without_test(),
             target=self.recipe.target,
-            loss=losses.task_loss(self.data),
+            loss=losses.task_loss(self.data, self.recipe.training.label_smoothing),
             fit=sharing.keeping(self.fit),
             latency=timed,
             work_dir=checkpoints,
             seed=self.seed,
             reference=self.original,
+            teacher=self.teacher,
             batch=self.batch,
             facts=facts,
             display=self.display,

@@ -1,39 +1,47 @@
 """The default trainer: a schedule, mixed precision where it pays, checkpoints to resume from."""
 
 import copy
-import hashlib
 import itertools
-import json
-import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 
+from tersor import _trainer_checkpoint as checkpoints
+from tersor._trainer_optimizer import (
+    DEFAULTS,
+    Average,
+    choose_optimizer,
+    make_optimizer,
+    set_rate,
+)
+from tersor._trainer_processes import (
+    Processes,
+    num_rows,
+    num_started,
+    to_device,
+    together,
+    weights_of,
+)
 from tersor.core.context import Batch, Loss, Track, silent
-from tersor.core.errors import DataError, StepError
+from tersor.core.errors import DataError, StepError, TargetError
 from tersor.core.hardware import usable_cores
+from tersor.core.training import Device, Optimizer, Precision, Training
+from tersor.ops.fake_quantize import late
 from tersor.ops.losses import call, first_output
 from tersor.ops.precision import channels_last, gains_from_bf16
 
-_log = logging.getLogger("tersor")
-_DEFAULTS: dict[str, dict[str, float]] = {
-    "sgd": {"lr": 0.02, "decay": 5e-4, "clip": 5.0},
-    "adamw": {"lr": 5e-4, "decay": 0.02, "clip": 1.0},
-}
-"""Settings that recover trained networks; `decay` acts on matrices and kernels only."""
-_WARM_UP = 0.05
 _PROBES = 3
-"""Share of the steps in which the learning rate rises."""
+"""Steps that are timed with each number of threads."""
+_LEAST_SCALE = 1.0
+"""A loss that still overflows float16 with this factor is not finite in earnest."""
 
 
 def fit(
@@ -47,21 +55,30 @@ def fit(
     seed: int = 0,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    optimizer: Literal["auto", "sgd", "adamw"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    optimizer: Optimizer = "auto",
+    decay: float | None = None,
+    clip: float | None = None,
+    warm_up: float = 0.05,
+    ema: float = 0.0,
+    accumulate: int = 1,
+    precision: Precision = "auto",
+    device: Device = "cpu",
     threads: int = 0,
     checkpoint_every_s: float = 60.0,
     display: Track = silent,
 ) -> nn.Module:
     """Train `net` to a lower `loss`; the learning rate warms up and falls along a cosine.
 
-    The same seed and number of threads give the same bytes, also when a run was stopped and resumed
-    from its checkpoint. Where `batches` has an attribute `seed` it is set to seed + epoch for each
-    pass, so that augmentation differs between passes, and restored at the end.
+    The same seed and number of threads give the same bytes on a CPU, also when a run was stopped
+    and resumed from its checkpoint. Where `batches` has an attribute `seed` it is set to seed +
+    epoch for each pass, so that augmentation differs between passes, and restored at the end.
+
+    Where several processes run it together (a torch.distributed group, or torchrun), each takes its
+    rows of every batch, gradients are averaged, and the first one writes the checkpoints.
 
     Args:
         net: Trained in place; parameters that do not require a gradient stay.
-        loss: (network, batch) -> scalar.
+        loss: (network, batch) -> scalar, the mean over the batch's samples.
         batches: Re-iterable.
         epochs: Passes over `batches`; 0.25 is a quarter of them.
         lr: Peak learning rate; by default 0.02 for SGD, 5e-4 for AdamW.
@@ -71,49 +88,176 @@ def fit(
         checkpoint: A file, written every epoch and every `checkpoint_every_s` seconds. If it holds
             a state of this very run, training goes on from there.
         on_step: Called after each step with the number of steps done, and of all.
-        optimizer: "auto": SGD where most parameters are convolutions', else AdamW.
-        precision: Of forward passes; "auto": bfloat16 where this processor computes with it and the
-            network is one that gains.
+        optimizer: This and the next seven as in `core.training.Training`, with which a recipe gives
+            them. "auto": SGD where most parameters are convolutions', else AdamW.
+        decay: Weight decay of matrices and kernels.
+        clip: Largest norm of the gradient.
+        warm_up: Share of the steps in which the learning rate rises.
+        ema: Decay of a running average of the weights; 0: none.
+        accumulate: Batches whose gradients are averaged for one step.
+        precision: Of forward passes.
+        device: Where training runs.
         threads: 0: all usable cores.
         checkpoint_every_s: Seconds between checkpoints inside an epoch.
-        display: Progress.
+        display: Progress, with the loss.
 
     Returns:
-        `net`, in eval mode.
+        `net`, in eval mode, on the CPU; with `ema`, the average of its weights.
 
     Raises:
         DataError: no batches.
-        StepError: loss or gradient is not finite (`net` keeps the weights of the step before), or
-            the checkpoint cannot be read.
+        TargetError: there is no such device.
+        StepError: loss or gradient is not finite (`net` keeps the weights of the step before, and
+            the checkpoint is that of an earlier step), or a checkpoint cannot be read or written.
     """
+    settings = Training(
+        optimizer=optimizer,
+        decay=decay,
+        clip=clip,
+        warm_up=warm_up,
+        ema=ema,
+        accumulate=accumulate,
+        precision=precision,
+        device=device,
+    )
     if epochs < 0:
         raise StepError(f"epochs must not be negative, got {epochs}")
+    place = _place(settings)
     per_epoch = _count(batches)
-    num_steps = math.ceil(epochs * per_epoch - 1e-9)
-    kind = _choose_optimizer(net) if optimizer == "auto" else optimizer
-    low = precision == "bf16" or (precision == "auto" and gains_from_bf16(net))
-    with _threads(threads), _reproducible(seed, batches), channels_last(net, low):
-        net.train()
-        made = _make_optimizer(net, kind, lr, groups)
-        run = _fingerprint(net, kind, made, num_steps, seed, low)
-        step = _restore(checkpoint, run, net, made) if checkpoint else 0
+    num_batches = math.ceil(epochs * per_epoch - 1e-9)
+    num_steps = math.ceil(num_batches / accumulate)
+    kind = choose_optimizer(net) if optimizer == "auto" else optimizer
+    low = _low_precision(net, settings)
+    with (
+        _threads(threads),
+        _reproducible(seed, batches, place),
+        channels_last(net, low == torch.bfloat16),
+        together(place) as processes,
+    ):
+        net.to(place).train()
+        made = make_optimizer(net, kind, settings, lr, groups)
+        scaler = torch.amp.GradScaler(place.type, enabled=low == torch.float16)
+        average = Average(net, ema) if ema else None
+        moving = checkpoints.Moving(net=net, optimizer=made, scaler=scaler, average=average)
+        decides = (kind, num_batches, seed, str(low), settings, processes.count)
+        run = checkpoints.fingerprint(net, made, *decides)
+        step = 0
+        if checkpoint:
+            step = checkpoints.restore(checkpoint, run, moving, processes.rank, place)
+        processes.agree("a network, settings or a checkpoint", (run, step))
+        job = _Job(
+            loss=loss,
+            moving=moving,
+            clip=DEFAULTS[kind]["clip"] if clip is None else clip,
+            low=low,
+            processes=processes,
+            place=place,
+        )
         try:
-            steps = _batches(batches, per_epoch, step, num_steps, seed)
+            source = _batches(batches, per_epoch, step * accumulate, num_batches, seed)
+            steps = _grouped(source, accumulate)
             last_saved = time.monotonic()
-            for batch in display(steps, "training", num_steps - step):
-                _set_rate(made, step, num_steps)
-                _step(net, loss, batch, made, kind, low, step)
+            for group in display(steps, job.told, num_steps - step):
+                set_rate(made, step, num_steps, warm_up)
+                waited = time.monotonic() - last_saved > checkpoint_every_s
+                late_now = job.step(group, step, waited)
                 step += 1
                 if on_step:
                     on_step(step, num_steps)
-                late = time.monotonic() - last_saved > checkpoint_every_s
-                if checkpoint and (step == num_steps or step % per_epoch == 0 or late):
-                    _save(checkpoint, run, net, made, step)
+                if average is not None:
+                    average.update(net, step)
+                before, done = ((s * accumulate) // per_epoch for s in (step - 1, step))
+                if checkpoint and (step == num_steps or done > before or late_now):
+                    randoms = processes.gathered(checkpoints.random_state(place))
+                    if processes.rank == 0:
+                        checkpoints.write(checkpoint, run, moving, step, randoms)
                     last_saved = time.monotonic()
+            if average is not None:
+                average.put(net)
         finally:
             net.eval()
             made.zero_grad(set_to_none=True)
+            net.to("cpu")
     return net
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """What every step of a training needs, and the loss it came to."""
+
+    loss: Loss
+    moving: checkpoints.Moving
+    clip: float
+    low: torch.dtype | None
+    processes: Processes
+    place: torch.device
+    last: float = math.nan
+
+    def told(self) -> str:
+        """Say what is under way, for a display."""
+        return "training" if math.isnan(self.last) else f"training, loss {self.last:.4g}"
+
+    def step(self, batches: Sequence[Batch], step: int, late: bool) -> bool:
+        """Descend once on the mean loss of some batches.
+
+        Returns:
+            Whether a process says that a checkpoint is due.
+
+        Raises:
+            StepError: loss or gradient is not finite; the weights are those before.
+        """
+        optimizer, scaler = self.moving.optimizer, self.moving.scaler
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(2, device=self.place, dtype=torch.float64)
+        for batch, weight in zip(batches, weights_of(batches), strict=True):
+            own = self.processes.share(batch)
+            if own is None:
+                continue
+            part = weight * num_rows(own) / num_rows(batch)
+            with torch.autocast(self.place.type, self.low, enabled=self.low is not None):
+                value = self.loss(self.moving.net, to_device(own, self.place)).float()
+            total[0] += value.detach() * part
+            if not torch.isfinite(value) and self.processes.alone:
+                break
+            torch.autograd.backward(scaler.scale(value if part == 1 else value * part))
+        total[1] = float(late)
+        self.processes.add([total])
+        self.last = total[0].item()
+        if not math.isfinite(self.last):
+            raise _not_finite("loss", self.last, step)
+        self._descend(step)
+        self.processes.average_buffers(self.moving.net)
+        return total[1].item() > 0
+
+    def _descend(self, step: int) -> None:
+        """Move the weights along the gradient; with a scaled loss, skip a step that overflows."""
+        optimizer, scaler = self.moving.optimizer, self.moving.scaler
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not self.processes.alone:
+            for p in parameters:
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            self.processes.add([p.grad for p in parameters if p.grad is not None])
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip)
+        if not torch.isfinite(norm) and scaler.get_scale() <= _LEAST_SCALE:
+            raise _not_finite("gradient", norm.item(), step)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def check_alone() -> None:
+    """Refuse to decide by a stopwatch in several processes, which would each decide otherwise.
+
+    Raises:
+        TargetError: this is one of several processes.
+    """
+    count = num_started()
+    if count > 1:
+        raise TargetError(
+            f"compress is one of {count} processes, and its verdicts are timings: run it alone. To "
+            "train in several processes call tersor.trainer.fit in each, and compress the result"
+        )
 
 
 def choose_threads(net: nn.Module, batches: Iterable[Batch]) -> int:
@@ -153,28 +297,6 @@ def _seconds_a_step(net: nn.Module, batch: Batch, low: bool) -> float:
     return time.perf_counter() - started
 
 
-def _step(
-    net: nn.Module,
-    loss: Loss,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    kind: str,
-    low: bool,
-    step: int,
-) -> None:
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        value = loss(net, batch)
-    optimizer.zero_grad(set_to_none=True)
-    if not torch.isfinite(value):
-        raise _not_finite("loss", value.item(), step)
-    torch.autograd.backward(value.float())
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, _DEFAULTS[kind]["clip"])
-    if not torch.isfinite(norm):
-        raise _not_finite("gradient", norm.item(), step)
-    optimizer.step()
-
-
 def _not_finite(what: str, value: float, step: int) -> StepError:
     return StepError(
         f"the {what} is {value} at training step {step + 1}; the weights from before this step are "
@@ -182,38 +304,37 @@ def _not_finite(what: str, value: float, step: int) -> StepError:
     )
 
 
-def _choose_optimizer(net: nn.Module) -> Literal["sgd", "adamw"]:
-    total = sum(p.numel() for p in net.parameters())
-    inside = sum(p.numel() for m in net.modules() if isinstance(m, _ConvNd) for p in m.parameters())
-    return "sgd" if 2 * inside > total else "adamw"
+# --- devices, precisions ------------------------------------------------------------------------
 
 
-def _make_optimizer(
-    net: nn.Module, kind: str, lr: float | None, groups: Any
-) -> torch.optim.Optimizer:
-    defaults = _DEFAULTS[kind]
-    rate = defaults["lr"] if lr is None else lr
-    if groups is None:
-        trained = [p for p in net.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": defaults["decay"]},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-    made: torch.optim.Optimizer
-    if kind == "sgd":
-        made = torch.optim.SGD(groups, rate, momentum=0.9, nesterov=True)
-    else:
-        made = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98))
-    for group in made.param_groups:
-        group["peak"] = group["lr"]
-    return made
+def _place(settings: Training) -> torch.device:
+    """Return the device; of several processes on one machine, each has its own.
+
+    Raises:
+        TargetError: it is not there.
+    """
+    if settings.device == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.device_count()
+    if not found:
+        raise TargetError(
+            "training on 'cuda' was asked for, but PyTorch sees no such device here; use device: "
+            "cpu, or a PyTorch that is built for CUDA"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % found)
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, step: int, num_steps: int) -> None:
-    warm_up = max(1, int(_WARM_UP * num_steps))
-    share = min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
+def _low_precision(net: nn.Module, settings: Training) -> torch.dtype | None:
+    """Return the format of forward passes; None: float32."""
+    if settings.precision != "auto":
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    if settings.device == "cuda":
+        # not while rounding is trained: float16 has too few bits for the codes
+        return torch.float16 if late(net) is None else None
+    return torch.bfloat16 if gains_from_bf16(net) else None
+
+
+# --- batches ------------------------------------------------------------------------------------
 
 
 def _count(batches: Iterable[Batch]) -> int:
@@ -229,10 +350,10 @@ def _count(batches: Iterable[Batch]) -> int:
 def _batches(
     batches: Iterable[Batch], per_epoch: int, start: int, stop: int, seed: int
 ) -> Iterator[Batch]:
-    """Yield the batches of steps start .. stop, pass by pass."""
-    step = start
-    while step < stop:
-        epoch, done = divmod(step, per_epoch)
+    """Yield the batches start .. stop, pass by pass."""
+    at = start
+    while at < stop:
+        epoch, done = divmod(at, per_epoch)
         if hasattr(batches, "seed"):
             batches.seed = seed + epoch
         state = torch.get_rng_state()
@@ -243,12 +364,18 @@ def _batches(
             next(source, None)
         if done:
             torch.set_rng_state(state)
-        before = step
-        for batch in itertools.islice(source, min(per_epoch - done, stop - step)):
+        before = at
+        for batch in itertools.islice(source, min(per_epoch - done, stop - at)):
             yield batch
-            step += 1
-        if step == before:
+            at += 1
+        if at == before:
             raise DataError(f"pass {epoch + 1} over the batches ended after {done} of {per_epoch}")
+
+
+def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Yield the batches of one step after another."""
+    while group := list(itertools.islice(batches, size)):
+        yield group
 
 
 # --- threads, seeds ------------------------------------------------------------------------------
@@ -272,99 +399,13 @@ def _usable_cores() -> int:
 
 
 @contextmanager
-def _reproducible(seed: int, batches: Any) -> Iterator[None]:
-    """Seed torch inside; outside, its generator and `batches.seed` are as they were."""
+def _reproducible(seed: int, batches: Any, place: torch.device) -> Iterator[None]:
+    """Seed torch inside; outside, its generators and `batches.seed` are as they were."""
     own_seed = getattr(batches, "seed", None)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[] if place.type == "cpu" else [place]):
         torch.manual_seed(seed)
         try:
             yield
         finally:
             if hasattr(batches, "seed"):
                 batches.seed = own_seed
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-def _fingerprint(
-    net: nn.Module, kind: str, optimizer: torch.optim.Optimizer, steps: int, seed: int, low: bool
-) -> str:
-    """Hash what decides a run, with every starting weight."""
-    digest = hashlib.sha256()
-    rates = [(g["peak"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
-    digest.update(repr((kind, rates, steps, seed, low, torch.__version__)).encode())
-    for name, tensor in net.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _save(
-    path: Path, run: str, net: nn.Module, optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    """Write the state aside and rename it, so that the file is whole or the one before."""
-    tensors = {f"net.{k}": v for k, v in _state(net).items()}
-    tensors["rng"] = torch.get_rng_state()
-    numbers: dict[str, Any] = {}
-    for index, entries in optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
-            else:
-                numbers[f"{index}.{key}"] = value
-    about = {"run": run, "step": str(step), "numbers": json.dumps(numbers)}
-    raw = save({k: v.detach().contiguous().clone() for k, v in tensors.items()}, about)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _state(net: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer, those outside the state dict, too; shared ones once."""
-    return dict([*net.named_parameters(), *net.named_buffers()])
-
-
-def _restore(path: Path, run: str, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the state of the same run, if `path` holds one; return the steps done."""
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            about: Mapping[str, str] = file.metadata() or {}
-            if about.get("run") != run:
-                _log.info("%s belongs to another run; training starts anew", path.name)
-                return 0
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dict
-    except SafetensorError as error:
-        raise StepError(
-            f"checkpoint {path.name!r} cannot be read ({error}); delete it to start anew"
-        ) from error
-    with torch.no_grad():
-        for name, tensor in _state(net).items():
-            tensor.copy_(tensors[f"net.{name}"])
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, field = key.split(".", 2)
-            state.setdefault(int(index), {})[field] = value
-    for key, number in json.loads(about["numbers"]).items():
-        index, field = key.split(".", 1)
-        state.setdefault(int(index), {})[field] = number
-    plain = optimizer.state_dict()
-    optimizer.load_state_dict({**plain, "state": state})
-    torch.set_rng_state(tensors["rng"])
-    return int(about["step"])

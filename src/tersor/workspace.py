@@ -44,7 +44,7 @@ def fingerprint(
     number of threads that the trainer uses.
     """
     made = {
-        "model": _of_net(net),
+        "model": hash_of(net),
         "recipe": _hash(json.dumps(to_plain(recipe.plain()), sort_keys=True).encode()),
         "target": str(recipe.target),
         "seed": str(seed),
@@ -186,7 +186,8 @@ def written(out: Path, wanted: Mapping[str, str]) -> Artifact | None:
     return found if found.manifest.get("fingerprint") == dict(wanted) else None
 
 
-def _of_net(net: Any) -> str:
+def hash_of(net: Any) -> str:
+    """Hash the structure of a network and all that it holds."""
     digest = hashlib.sha256()
     if isinstance(net, nn.Module):
         digest.update(repr(net).encode())

@@ -81,7 +81,7 @@ def honest_context(
         folder,
         data=data,
         target=Target(runtime=runtime, options={"threads": 1}),
-        reference=copy.deepcopy(net) if "reference" in needs else None,
+        reference=copy.deepcopy(net) if {"reference", "teacher"} & set(needs) else None,
         latency=weight_cost,
     )
 

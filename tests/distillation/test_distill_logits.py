@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tersor.core.context import Data
 from tersor.core.errors import DataError, StepError
 from tersor.distillation.distill_logits import DistillLogits, distill_logits
+from tersor.ops.losses import labelled_loss
 from tests import networks
 
 Make = Callable[..., Any]
@@ -90,7 +91,8 @@ def test_zero_epochs_change_nothing(tiny_context: Make) -> None:
 
 def test_numbers_are_compared_by_their_squares(tiny_context: Make) -> None:
     spy, teacher, student = Spy(), nn.Linear(3, 2), nn.Linear(3, 2)
-    distill_logits(student, DistillLogits(hard=0.5), tiny_context(teacher, fit=spy))
+    context = tiny_context(teacher, fit=spy, loss=labelled_loss)
+    distill_logits(student, DistillLogits(hard=0.5), context)
     batch = {"input": torch.randn(5, 3), "labels": torch.randn(5, 2)}
     own, wanted = student(batch["input"]), teacher(batch["input"])
     found = spy.loss(student, batch)

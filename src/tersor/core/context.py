@@ -16,6 +16,8 @@ Batch = Mapping[str, "Tensor"]
 """Names of forward's parameters, and `labels`, to tensors."""
 Loss = Callable[["nn.Module", Batch], "Tensor"]
 """(network, batch) -> scalar; the batch holds its `labels`."""
+What = str | Callable[[], str]
+"""Words for what is under way, or a function that says them anew."""
 SPLITS = ("calibration", "train", "validation", "test")
 
 
@@ -69,12 +71,12 @@ class Fit(Protocol):
 class Track(Protocol):
     """A progress display."""
 
-    def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    def __call__(self, items: Iterable[T], what: What, total: int | None = None) -> Iterator[T]:
         """Yield `items` while showing how far we are."""
         ...
 
 
-def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+def silent(items: Iterable[T], what: What, total: int | None = None) -> Iterator[T]:
     """Track nothing."""
     del what, total
     return iter(items)
@@ -101,7 +103,9 @@ class Context:
     seed: int = 0
     """Decides every random number."""
     reference: Any = None
-    """The untouched original: teacher and yardstick. Must not be changed."""
+    """The untouched original: the yardstick. Must not be changed."""
+    teacher: Any = None
+    """The network to learn from, where the user gives one; else the reference is it."""
     batch: int = 1
     """Samples in a timed batch."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +113,7 @@ class Context:
     display: Track = silent
     """Set by the pipeline."""
 
-    def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: What, total: int | None = None) -> Iterator[T]:
         """Yield `items`, showing progress where somebody looks."""
         return self.display(items, what, total)
 

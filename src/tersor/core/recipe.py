@@ -6,10 +6,11 @@ steps:
   - static: {calibrator: entropy}
 target: onnxruntime:cpu
 goal: {best: latency, limits: {accuracy: -1pt}}
+training: {ema: 0.999}
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tersor.core.errors import RecipeError, suggest
 from tersor.core.goal import Goal
 from tersor.core.runtime import Target
 from tersor.core.schema import Mistakes, changed, from_plain
+from tersor.core.training import Training
 
 Stage = tuple[Any, ...]
 """Configs judged together, e.g. (Channels(...), DistillLogits(...))."""
@@ -40,6 +42,8 @@ class Recipe:
     """Where the result runs."""
     goal: Goal | None = None
     """Without a goal every stage is applied as written."""
+    training: Training = field(default_factory=Training)
+    """How the steps that train do it."""
 
     @staticmethod
     def load(path: str | Path) -> "Recipe":
@@ -79,6 +83,8 @@ class Recipe:
         }
         if self.goal is not None:
             plain["goal"] = {"best": self.goal.best, "limits": dict(self.goal.limits)}
+        if self.training != Training():
+            plain["training"] = changed(self.training)
         return plain
 
 
@@ -161,9 +167,9 @@ def _read(raw: Any, mistakes: Mistakes) -> Recipe | None:
     if not isinstance(raw, Mapping):
         mistakes.add((), "a recipe has the keys steps, target and goal")
         return None
+    known = ("steps", "target", "goal", "training")
     for key in raw:
-        if key not in ("steps", "target", "goal"):
-            known = ("steps", "target", "goal")
+        if key not in known:
             mistakes.add((key,), f"unknown field {key!r}.{suggest(str(key), known)}")
     steps = raw.get("steps")
     stages: list[Stage] = []
@@ -177,10 +183,13 @@ def _read(raw: Any, mistakes: Mistakes) -> Recipe | None:
         goal = from_plain(Goal, raw["goal"], ("goal",), mistakes)
         if goal is not None:
             _known_metrics(goal, mistakes)
+    given = {} if raw.get("training") is None else raw["training"]
+    training = from_plain(Training, given, ("training",), mistakes)
     if mistakes.found:
         return None
     assert target is not None
-    return Recipe(stages=tuple(stages), target=target, goal=goal)
+    assert training is not None
+    return Recipe(stages=tuple(stages), target=target, goal=goal, training=training)
 
 
 def _stage(raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Stage:

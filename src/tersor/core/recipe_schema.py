@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 from tersor.core import plugins
 from tersor.core.goal import Goal
 from tersor.core.schema import field_docs, json_schema, to_plain
+from tersor.core.training import Training
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -37,6 +38,7 @@ def recipe_schema() -> dict[str, Any]:
             "steps": {"type": "array", "items": stage, "minItems": 1},
             "target": _target(),
             "goal": config_schema(Goal),
+            "training": config_schema(Training),
         },
     }
 

@@ -9,7 +9,7 @@ from tersor.core.runtime import Form
 if TYPE_CHECKING:
     from tersor.core.context import Context
 
-Need = Literal["calibration", "train", "validation", "labels", "reference"]
+Need = Literal["calibration", "train", "validation", "labels", "reference", "teacher"]
 A = TypeVar("A", bound=Callable[..., Any])
 
 
@@ -43,7 +43,8 @@ def technique(*, needs: tuple[Need, ...] = (), paper: str | None = None) -> Call
 
     Args:
         needs: Splits and facts that the context must hold: "calibration", "train", "validation",
-            "labels" (in those splits), "reference" (the original network).
+            "labels" (in those splits), "reference" (the original network), "teacher" (the one the
+            user gives, else the original).
         paper: Where the method comes from.
     """
 

@@ -1,16 +1,15 @@
-"""Distill logits: train the network to answer as the untouched original does."""
+"""Distill logits: train the network to answer as the untouched original, or a teacher, does."""
 
-import copy
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from tersor.core.context import Batch, Context
-from tersor.core.errors import DataError, StepError
+from tersor.core.errors import DataError
 from tersor.core.technique import technique
 from tersor.ops.fake_quantize import late
-from tersor.ops.losses import LABELS, call, class_dimension, divergence, first_output, infer_loss
+from tersor.ops.losses import call, first_output
+from tersor.ops.teachers import ask, imitate, teacher_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class DistillLogits:
             raise ValueError(f"hard must be in [0, 1], got {self.hard}")
 
 
-@technique(needs=("train", "reference"), paper="arXiv:1503.02531")
+@technique(needs=("train", "teacher"), paper="arXiv:1503.02531")
 def distill_logits(net: nn.Module, config: DistillLogits, context: Context) -> nn.Module:
     """Train on hard * task loss + (1 - hard) * T^2 * KL(teacher || student), both softened by T.
 
@@ -45,38 +44,27 @@ def distill_logits(net: nn.Module, config: DistillLogits, context: Context) -> n
 
     Raises:
         DataError: no training data, or no labels though `hard` is above 0.
-        StepError: no reference; outputs differ in shape; loss or gradient is not finite.
+        StepError: no teacher; outputs differ in shape; loss or gradient is not finite.
 
     Source:
         Hinton et al., arXiv:1503.02531, section 2.
     """
     if context.data.train is None:
         raise DataError("distill_logits needs training data; give `train` batches")
-    if context.reference is None:
-        raise StepError("distill_logits needs the original network as its teacher")
-    teacher = copy.deepcopy(context.reference).eval().to(memory_format=torch.channels_last)
+    teacher = teacher_of(context, "distill_logits")
 
     def loss(student: nn.Module, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            wanted = first_output(call(teacher, batch))
-        outputs = first_output(call(student, batch))
-        if outputs.shape != wanted.shape:
-            raise StepError(
-                f"outputs have shape {tuple(outputs.shape)}, the original's {tuple(wanted.shape)}; "
-                "distill_logits compares them and cannot follow a step that changes them"
-            )
-        labels = batch.get(LABELS)
-        dimension = class_dimension(outputs, None if context.data.loss else labels)
-        soft = divergence(outputs, wanted, dimension, config.temperature)
-        if not config.hard:
-            return soft
-        if context.data.loss is not None:
-            hard = context.loss(student, batch)
-        elif labels is None:
-            raise DataError("distill_logits: batches have no labels; add them, or set hard: 0")
-        else:
-            hard = infer_loss(outputs, labels)(outputs, labels)
-        return config.hard * hard + (1 - config.hard) * soft
+        wanted = first_output(ask(teacher, batch))
+        return imitate(
+            first_output(call(student, batch)),
+            wanted,
+            student=student,
+            batch=batch,
+            context=context,
+            hard=config.hard,
+            temperature=config.temperature,
+            technique="distill_logits",
+        )
 
     context.record(epochs=config.epochs, temperature=config.temperature, hard=config.hard)
     return context.fit(

@@ -1,5 +1,6 @@
 """What to train on: losses told from the labels, and how far a student is from its teacher."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,12 +68,13 @@ def _labelled(shape: tuple[int, ...], labels: Tensor) -> int | None:
     )
 
 
-def infer_loss(outputs: Tensor, labels: Tensor) -> Criterion:
+def infer_loss(outputs: Tensor, labels: Tensor, smoothing: float = 0.0) -> Criterion:
     """Choose the loss that fits: cross-entropy for classes, mean squared error for numbers.
 
     Args:
         outputs: What the network returned: (N,C), (N,T,C), (N,C,H,W), or numbers.
         labels: int (N,), (N,T), (N,H,W); or numbers of the outputs' shape. -100 is left out.
+        smoothing: Share of each label that is spread over all classes; numbers have none.
 
     Returns:
         (outputs, labels) -> scalar, in float32.
@@ -81,17 +83,19 @@ def infer_loss(outputs: Tensor, labels: Tensor) -> Criterion:
         DataError: labels and outputs do not fit.
     """
     dimension = class_dimension(outputs, labels)
-    return _squared_error if dimension is None else _CROSS_ENTROPY[dimension == 1]
+    if dimension is None:
+        return _squared_error
+    return functools.partial(_CROSS_ENTROPY[dimension == 1], smoothing=smoothing)
 
 
 def _squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.mse_loss(outputs.float(), labels.float().reshape(outputs.shape))
 
 
-def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Classes in dimension 1."""
     try:
-        return F.cross_entropy(outputs.float(), labels.long())
+        return F.cross_entropy(outputs.float(), labels.long(), label_smoothing=smoothing)
     except IndexError as error:
         raise DataError(
             f"labels reach from {labels.min().item()} to {labels.max().item()}, but the network "
@@ -99,29 +103,42 @@ def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
         ) from error
 
 
-def _cross_entropy_last(outputs: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy_last(outputs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Classes in the last dimension."""
-    return _cross_entropy(outputs.flatten(0, -2), labels.flatten())
+    return _cross_entropy(outputs.flatten(0, -2), labels.flatten(), smoothing)
 
 
-_CROSS_ENTROPY: dict[bool, Criterion] = {True: _cross_entropy, False: _cross_entropy_last}
+_CROSS_ENTROPY: dict[bool, Callable[..., Tensor]] = {
+    True: _cross_entropy,
+    False: _cross_entropy_last,
+}
 
 
-def task_loss(data: Data) -> Loss:
+def task_loss(data: Data, smoothing: float = 0.0) -> Loss:
     """Return the user's own loss, or one that is told from each batch's labels.
+
+    Raises:
+        DataError: labels are to be smoothed, but the loss is the user's.
 
     Raises (the returned loss, when called):
         DataError: a batch has no labels, or they do not fit.
     """
-    return data.loss if data.loss is not None else labelled_loss
+    if not smoothing:
+        return data.loss if data.loss is not None else labelled_loss
+    if data.loss is not None:
+        raise DataError(
+            f"label_smoothing {smoothing} is for the loss that tersor tells from the labels, but "
+            "the data bring a loss of their own; smooth inside it, or leave label_smoothing out"
+        )
+    return functools.partial(labelled_loss, smoothing=smoothing)
 
 
-def labelled_loss(net: nn.Module, batch: Batch) -> Tensor:
+def labelled_loss(net: nn.Module, batch: Batch, smoothing: float = 0.0) -> Tensor:
     """Run the network on a batch and compare with its labels."""
     if LABELS not in batch:
         raise DataError(f"a batch holds {sorted(batch)} but no 'labels'; add them, or give a loss")
     outputs = first_output(call(net, batch))
-    return infer_loss(outputs, batch[LABELS])(outputs, batch[LABELS])
+    return infer_loss(outputs, batch[LABELS], smoothing)(outputs, batch[LABELS])
 
 
 def divergence(

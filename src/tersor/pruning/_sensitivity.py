@@ -11,7 +11,7 @@ from tersor.core.errors import DataError, RecipeError, suggest
 from tersor.ops.groups import Coupling, Group, Removal
 from tersor.ops.losses import call, class_dimension, divergence, first_output
 from tersor.ops.recalibrate import batch_statistics
-from tersor.pruning._selection import least
+from tersor.ops.selection import least
 
 LEVELS = tuple(step / 8 for step in range(1, 8))
 """Shares of a group's channels that are tried."""

@@ -9,7 +9,7 @@ from tersor.core.errors import StepError, UnfitError, suggest
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops.groups import Coupling, Group
-from tersor.pruning._selection import (
+from tersor.ops.selection import (
     Importance,
     Ranking,
     at_ratio,

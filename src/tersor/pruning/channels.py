@@ -11,7 +11,7 @@ from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops.groups import Coupling, Group, Removal
 from tersor.ops.recalibrate import recalibrate
-from tersor.pruning._selection import (
+from tersor.ops.selection import (
     Importance,
     Ranking,
     at_ratio,

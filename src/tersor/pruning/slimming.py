@@ -14,7 +14,7 @@ from tersor.ops.groups import Group
 from tersor.ops.importance import norm_scale
 from tersor.ops.losses import LABELS
 from tersor.ops.recalibrate import recalibrate
-from tersor.pruning._selection import (
+from tersor.ops.selection import (
     at_ratio,
     check_something,
     coupled,
