@@ -2,12 +2,12 @@
 
     python benchmarks/decomposition.py [--rows unet-tucker,resnet56-grouped]
 
-Tucker and spatial SVD on unet and resnet56, each in one stage with `distill_logits`, under "accuracy
--1pt" through the real pipeline, one thread: layers that do not get faster are left as they are, and
-stages that do not pay are tried weaker or dropped. And resnet56 with separable convolutions and 40 %
-fewer multiply-accumulates, without a goal. Figures are of the half of the test split that no decision
-has seen. Each row is stored as it is measured; a run that is stopped goes on where it was, within a
-row, too. Needs the shared workloads. Writes benchmarks/results/decomposition.json.
+Tucker and spatial SVD on unet and resnet56, each in one stage with `distill_logits`, under
+"accuracy -1pt" through the real pipeline, one thread: layers that do not get faster are left as they
+are, and stages that do not pay are tried weaker or dropped. And resnet56 with separable convolutions
+and 40 % fewer multiply-accumulates, without a goal. Figures are of the half of the test split that no
+decision has seen. Each row is stored as it is measured; a run that is stopped goes on where it was,
+within a row, too. Needs the shared workloads. Writes benchmarks/results/decomposition.json.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def measured(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def told(report: Report) -> dict[str, Any]:
-    """Return verdict, figures before and after on the final split, and what became of each layer."""
+    """Return verdict, figures on the final split, and what became of each layer."""
     (stage,) = report.stages
     return {
         "stage": stage.name,
