@@ -3,11 +3,12 @@
     python benchmarks/decomposition.py [--rows unet-tucker,resnet56-grouped]
 
 Tucker and spatial SVD on unet and resnet56, each in one stage with `distill_logits`, under
-"accuracy -1pt" through the real pipeline, one thread: layers that do not get faster are left as they
-are, and stages that do not pay are tried weaker or dropped. And resnet56 with separable convolutions
-and 40 % fewer multiply-accumulates, without a goal. Figures are of the half of the test split that no
-decision has seen. Each row is stored as it is measured; a run that is stopped goes on where it was,
-within a row, too. Needs the shared workloads. Writes benchmarks/results/decomposition.json.
+"accuracy -1pt" through the real pipeline, one thread: layers that do not get faster are left as
+they are, and stages that do not pay are tried weaker or dropped. And resnet56 with separable
+convolutions and 40 % fewer multiply-accumulates, without a goal. Figures are of the half of the
+test split that no decision has seen. Each row is stored as it is measured; a run that is stopped
+goes on where it was, within a row, too. Needs the shared workloads. Writes
+benchmarks/results/decomposition.json.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is `results` (runs of
 compress), `compared` (runs of compare), `peers`, `repair`, `mixed`, `agreement`, `explain`,
 `sparse`, `break_even`, `candidates`, `aa`, `startup`, `pruned`, `ways` (of pruning), `oneshot`,
-`structured` or `coverage`. No figure in it is typed by hand. `--check`
+`structured`, `coverage` or `decomposed`. No figure in it is typed by hand. `--check`
 changes nothing and exits with 1 where a page is not up to date.
 """
 
@@ -21,6 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
     "README.zh-CN.md",
+    "docs/how-to/decompose.md",
     "docs/how-to/prune.md",
     "docs/measuring.md",
     "docs/results.md",
@@ -75,6 +76,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "oneshot": one_shot,
         "structured": structured,
         "coverage": coverage,
+        "decomposed": decomposed,
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -305,6 +307,32 @@ def coverage(chinese: bool) -> str:
         for key in words
     ]
     return table(["networks", *_PRUNERS], rows)
+
+
+def decomposed(chinese: bool) -> str:
+    """One row a network and decomposition: what it became, on the half that no decision saw."""
+    del chinese
+    raw = stored("decomposition")
+    if raw is None:
+        return ""
+    head = ["network", "stage", "verdict", "layers decomposed", "left, measured not faster"]
+    head += ["MACs", "parameters", "accuracy", "mIoU", "speed, 95 %"]
+    rows = []
+    for item in raw["results"]:
+        facts = next((f for f in item["facts"].values() if "layers" in f), None)
+        slow = [why for why in (facts or {"dropped": {}})["dropped"].values() if "faster" in why]
+        before, after = item["before"], item["after"]
+        value, low, high = item["ratios"]["latency"]
+        quality = ("quality", "accuracy")
+        miou, accuracy = (
+            f"{before[m]:.2f} -> {after[m]:.2f} %" if m in before else "" for m in quality
+        )
+        shares = [f"{100 * after[m] / before[m]:.0f} %" for m in ("macs", "parameters")]
+        counts = ["", ""] if facts is None else [str(len(facts["layers"])), str(len(slow))]
+        speed = f"{value:.2f}x [{low:.2f}, {high:.2f}]"
+        stage = [item["network"], item["stage"], item["verdict"]]
+        rows.append([*stage, *counts, *shares, accuracy, miou, speed])
+    return table(head, rows) + f"\n`{raw['command']}`\n"
 
 
 _PRUNERS = ("tersor", "torch-pruning")
