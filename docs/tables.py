@@ -316,7 +316,7 @@ def decomposed(chinese: bool) -> str:
     if raw is None:
         return ""
     head = ["network", "stage", "verdict", "layers decomposed", "left, measured not faster"]
-    head += ["MACs", "parameters", "accuracy", "mIoU", "speed, 95 %"]
+    head += ["MACs", "parameters", "accuracy", "mIoU", "speed by the clock, 95 %", "by CPU time"]
     rows = []
     for item in raw["results"]:
         facts = next((f for f in item["facts"].values() if "layers" in f), None)
@@ -329,9 +329,10 @@ def decomposed(chinese: bool) -> str:
         )
         shares = [f"{100 * after[m] / before[m]:.0f} %" for m in ("macs", "parameters")]
         counts = ["", ""] if facts is None else [str(len(facts["layers"])), str(len(slow))]
-        speed = f"{value:.2f}x [{low:.2f}, {high:.2f}]"
+        speed = f"{value:.2f}x [{low:.2f}, {high:.2f}]" + ("" if high < 1.1 * low else ", unstable")
         stage = [item["network"], item["stage"], item["verdict"]]
-        rows.append([*stage, *counts, *shares, accuracy, miou, speed])
+        cpu = times_faster(item.get("cpu_time"))
+        rows.append([*stage, *counts, *shares, accuracy, miou, speed, cpu])
     return table(head, rows) + f"\n`{raw['command']}`\n"
 
 
