@@ -329,7 +329,8 @@ def decomposed(chinese: bool) -> str:
         )
         shares = [f"{100 * after[m] / before[m]:.0f} %" for m in ("macs", "parameters")]
         counts = ["", ""] if facts is None else [str(len(facts["layers"])), str(len(slow))]
-        speed = f"{value:.2f}x [{low:.2f}, {high:.2f}]" + ("" if high < 1.1 * low else ", unstable")
+        # an interval this wide is of the machine's other work, not of the networks
+        speed = f"{value:.2f}x [{low:.2f}, {high:.2f}]" if high < 1.1 * low else "unstable"
         stage = [item["network"], item["stage"], item["verdict"]]
         cpu = times_faster(item.get("cpu_time"))
         rows.append([*stage, *counts, *shares, accuracy, miou, speed, cpu])

@@ -206,6 +206,28 @@ def test_activation_svd_needs_data(tmp_path: Path) -> None:
         activation_svd(net, ActivationSvd(), given)
 
 
+def test_costs_are_those_of_the_whole_network(tmp_path: Path) -> None:
+    """Counted by hand: transposed convolutions and layers that are called twice count, too."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, 8, 2, 2)
+            self.twice = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.twice(self.twice(self.up(x)))
+
+    net, x = Both().eval(), torch.randn(4, 4, 5, 5)
+    given = context(net, x, tmp_path)
+    made = tucker(copy.deepcopy(net), Tucker(ranks=(4, 4), convert="all"), given)
+    up, before, after = 25 * 4 * 8 * 4, 2 * 100 * 8 * 8 * 9, 2 * 100 * (32 + 4 * 4 * 9 + 32)
+    assert given.facts["layers"]["twice"]["macs"] == [before, after]
+    assert given.facts["macs"] == pytest.approx((up + after) / (up + before))
+    assert made(x).shape == net(x).shape
+    assert given.facts["dropped"]["up"] == "ConvTranspose2d has no low-rank form here"
+
+
 def test_layers_that_share_their_weight_stay(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

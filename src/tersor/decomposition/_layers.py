@@ -1,11 +1,12 @@
 """The layers of a network that can be decomposed, their sizes, and moments of their inputs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tersor.core.context import Batch, Context
 from tersor.core.errors import DataError
@@ -52,11 +53,13 @@ class Sites:
     """Layer -> reason."""
     parameters: int = 0
     """Of the whole network."""
+    transposed_macs: int = 0
+    """Multiply-accumulates of transposed convolutions, which have no part."""
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of all linear layers and convolutions, for one sample."""
-        return sum(site.macs([site.part]) for site in self.all)
+        return self.transposed_macs + sum(site.macs([site.part]) for site in self.all)
 
 
 def sites(captured: fx.GraphModule, layers: Layers, kinds: tuple[type[nn.Module], ...]) -> Sites:
@@ -101,7 +104,9 @@ def sites(captured: fx.GraphModule, layers: Layers, kinds: tuple[type[nn.Module]
             why = "its weight is used elsewhere, too"
         elif not bool(layer.weight.isfinite().all()):
             why = "it has weights that are NaN or infinite"
-        if type(layer) in PLAIN:
+        if isinstance(layer, _ConvTransposeNd):
+            found.transposed_macs += site.calls * layer.weight.numel() * math.prod(site.size)
+        elif isinstance(layer, PLAIN):
             found.all.append(site)
         if why is None:
             found.open.append(site)
