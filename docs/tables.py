@@ -20,6 +20,7 @@ PAGES = (
     "README.md",
     "README.zh-CN.md",
     "docs/how-to/distill.md",
+    "docs/how-to/decompose.md",
     "docs/how-to/prune.md",
     "docs/how-to/share-weights.md",
     "docs/measuring.md",
@@ -78,6 +79,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "deep_compression": deep_compression,
         "clustered_int8": clustered_int8,
         "distilled": distilled,
+        "decomposed": decomposed,
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -308,6 +310,34 @@ def coverage(chinese: bool) -> str:
         for key in words
     ]
     return table(["networks", *_PRUNERS], rows)
+
+
+def decomposed(chinese: bool) -> str:
+    """One row a network and decomposition: what it became, on the half that no decision saw."""
+    del chinese
+    raw = stored("decomposition")
+    if raw is None:
+        return ""
+    head = ["network", "stage", "verdict", "layers decomposed", "left, measured not faster"]
+    head += ["MACs", "parameters", "accuracy", "mIoU", "speed by the clock, 95 %", "by CPU time"]
+    rows = []
+    for item in raw["results"]:
+        facts = next((f for f in item["facts"].values() if "layers" in f), None)
+        slow = [why for why in (facts or {"dropped": {}})["dropped"].values() if "faster" in why]
+        before, after = item["before"], item["after"]
+        value, low, high = item["ratios"]["latency"]
+        quality = ("quality", "accuracy")
+        miou, accuracy = (
+            f"{before[m]:.2f} -> {after[m]:.2f} %" if m in before else "" for m in quality
+        )
+        shares = [f"{100 * after[m] / before[m]:.0f} %" for m in ("macs", "parameters")]
+        counts = ["", ""] if facts is None else [str(len(facts["layers"])), str(len(slow))]
+        # an interval this wide is of the machine's other work, not of the networks
+        speed = f"{value:.2f}x [{low:.2f}, {high:.2f}]" if high < 1.1 * low else "unstable"
+        stage = [item["network"], item["stage"], item["verdict"]]
+        cpu = times_faster(item.get("cpu_time"))
+        rows.append([*stage, *counts, *shares, accuracy, miou, speed, cpu])
+    return table(head, rows) + f"\n`{raw['command']}`\n"
 
 
 _PRUNERS = ("tersor", "torch-pruning")

@@ -52,6 +52,7 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     ),
     nn.Linear: ("in_features", "out_features"),
     nn.Identity: (),
+    nn.Sequential: (),  # its layers are written one by one
     nn.Flatten: ("start_dim", "end_dim"),
     **dict.fromkeys(
         (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -139,7 +140,7 @@ def describe(net: nn.Module, original: nn.Module | None) -> dict[str, Any]:
         kind = type(layer)
         if path.startswith(inside):
             continue  # made by its owner's constructor
-        if kind in _CLASSES.values():
+        if kind in _CLASSES.values() and kind is not nn.Sequential:
             inside = f"{path}."
         if kind is nn.Module or (path in before and _alike(layer, before[path])):
             continue  # an empty holder of a captured graph, or as it was

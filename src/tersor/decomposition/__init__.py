@@ -1,0 +1,1 @@
+"""Techniques that replace a layer by several cheaper ones; one file each."""
