@@ -8,8 +8,8 @@ from torch import fx, nn
 
 from tersor.core.context import Context
 from tersor.decomposition._layers import Site
+from tersor.ops.notes import carry_notes
 from tersor.ops.parts import Part, build
-from tersor.ops.precision_note import carry_precision
 
 _GAIN = 0.03
 """Share of a layer's time that a chain must save to be called faster."""
@@ -74,7 +74,7 @@ class Races:
                 value = graph.call_module(f"layer{i}", (value,))
         graph.output(value)
         made = fx.GraphModule(root, graph).eval()
-        carry_precision(self.net, made)
+        carry_notes(self.net, made)
         return made
 
 
