@@ -286,6 +286,8 @@ def test_load_and_load_data(tmp_path):
     assert isinstance(load(f"{script}:net").net, nn.Linear)
     assert load_data(f"{script}:data").test is not None
     assert load_data("digits").train is not None
+    with pytest.raises(DataError, match=r"unknown data 'digit'\. Did you mean 'digits'\?"):
+        load_data("digit")
 
 
 def test_fingerprint_is_of_every_field():

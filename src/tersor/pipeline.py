@@ -17,7 +17,7 @@ from tersor import trainer, workspace
 from tersor.core import artifact, packing, plugins
 from tersor.core.artifact import Artifact
 from tersor.core.context import Data, Fit, Track, silent
-from tersor.core.errors import DataError
+from tersor.core.errors import DataError, suggest
 from tersor.core.goal import Goal
 from tersor.core.hardware import environment
 from tersor.core.model import Model
@@ -74,7 +74,13 @@ def load_data(place: str) -> Data:
         DataError: says what is wrong with which batch.
     """
     name, _, rest = place.partition(":")
-    if name in plugins.names("datasets"):
+    known = plugins.names("datasets")
+    if not rest and name not in known:
+        raise DataError(
+            f"unknown data {place!r}.{suggest(place, known)} Data are digits, arrays:FILE.npz, "
+            "images:FOLDER or FILE.py:FUNCTION"
+        )
+    if name in known:
         made = plugins.module("datasets", name).load(rest)
     else:
         made = plugins.module("datasets", "script").load(place)
