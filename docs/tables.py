@@ -418,21 +418,21 @@ def distilled(chinese: bool) -> str:
                 [
                     f"resnet20, one epoch, {way}",
                     spread([i["accuracy"] for i in items], "%"),
-                    f"{items[0]['original']['accuracy']:.2f} %",
-                    f"{items[0]['teacher']['accuracy']:.2f} %",
+                    f"{items[0]['original']:.2f} %",
+                    f"{items[0]['teacher']:.2f} %",
                     "",
                 ]
             )
     for item in found.get("half", []):
         smaller = f"{item['times_fewer_macs']:.2f}x fewer multiply-accumulates"
-        given = f"{item['teacher']['accuracy']:.2f} %"
+        given = f"{item['teacher']:.2f} %"
         rows.append(
             ["resnet56, half the channels", f"{item['accuracy']:.2f} %", given, given, smaller]
         )
     for item in found.get("sentiment", []):
-        given = f"{item['teacher']['whole']:.2f} %"
+        given = f"{item['teacher']:.2f} %"
         faster = ", ".join(f"{times_faster(r)} at {b}" for b, r in item["times_faster"].items())
-        share = f"{item['whole']:.2f} % ({100 * item['share_of_teacher']:.1f} % of it)"
+        share = f"{item['accuracy']:.2f} % ({100 * item['share_of_teacher']:.1f} % of it)"
         rows.append(["sentiment, half the blocks", share, given, given, f"{faster}, one thread"])
     head = ["student", "accuracy", "before", "teacher", "cheaper than the teacher"]
     text = table(head, rows) if rows else ""
