@@ -28,7 +28,7 @@ class FuseNormLinear:
     """Settings of folding norms."""
 
     layers: Layers = Layers()
-    """Norms that may be folded: by layer name, or by the parameter's name where it is written out."""
+    """Norms that may be folded, by layer; a scale that is written out, by its parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class _Affine:
 
     name: str
     node: fx.Node
-    scale_I: Tensor | None
-    shift_I: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
     layer: nn.Module | None
     """The norm; None where a parameter is multiplied or added in forward."""
     inner: fx.Node | None
@@ -106,7 +106,7 @@ def _affines(captured: fx.GraphModule, modules: Mapping[str, nn.Module]) -> list
             assert isinstance(scale, Tensor)
             name = str(node.target)
             found.append(
-                _Affine(name=name, node=node, scale_I=scale, shift_I=shift, layer=layer, inner=None)
+                _Affine(name=name, node=node, scale=scale, shift=shift, layer=layer, inner=None)
             )
         elif kind in ("mul", "add") and len(node.args) == 2 and not node.kwargs:
             vectors = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
@@ -122,8 +122,8 @@ def _affines(captured: fx.GraphModule, modules: Mapping[str, nn.Module]) -> list
                 _Affine(
                     name=name,
                     node=node,
-                    scale_I=pair[0],
-                    shift_I=pair[1],
+                    scale=pair[0],
+                    shift=pair[1],
                     layer=None,
                     inner=others[0],
                 )
@@ -133,7 +133,7 @@ def _affines(captured: fx.GraphModule, modules: Mapping[str, nn.Module]) -> list
 
 def _why_not(each: _Affine, modules: Mapping[str, nn.Module], counted: Counter[int]) -> str | None:
     """Say why a scale stays where it is, or None."""
-    own = [t for t in (each.scale_I, each.shift_I) if t is not None]
+    own = [t for t in (each.scale, each.shift) if t is not None]
     if any(counted[id(t)] != 1 for t in own):
         return "its weights are used more than once"
     if own[0].dim() != 1:
@@ -166,16 +166,16 @@ def _fold(each: _Affine, readers: Sequence[nn.Linear]) -> None:
     with torch.no_grad():
         for layer in readers:
             weight_OI = layer.weight.double()
-            if each.shift_I is not None:
-                bias_O = weight_OI @ each.shift_I.double()
+            if each.shift is not None:
+                bias_O = weight_OI @ each.shift.double()
                 if layer.bias is not None:
                     layer.bias.copy_(layer.bias.double() + bias_O)
                 elif bool(bias_O.any()):
                     layer.bias = nn.Parameter(
                         bias_O.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad
                     )
-            if each.scale_I is not None:
-                layer.weight.copy_(weight_OI * each.scale_I.double())
+            if each.scale is not None:
+                layer.weight.copy_(weight_OI * each.scale.double())
     norm = each.layer
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
         norm.register_parameter("weight", None)

@@ -63,7 +63,7 @@ def fuse_qkv(net: nn.Module, config: FuseQkv, context: Context) -> nn.Module:
 
 
 def _groups(captured: fx.GraphModule, layers: Layers) -> tuple[list[list[fx.Node]], list[str]]:
-    """List calls of linear layers that share their input and their attention, and why others do not."""
+    """List calls of linear layers that share input and attention, and why others do not."""
     modules = dict(captured.named_modules())
     counted = readers(captured)
     cores: dict[fx.Node, list[fx.Node]] = {}

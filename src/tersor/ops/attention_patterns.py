@@ -158,7 +158,7 @@ def _widths(scores: fx.Node, modules: Mapping[str, nn.Module]) -> list[float]:
     return [float((scores.args[0].meta.get("shape") or (0,))[-1])]
 
 
-def _mask(node: fx.Node, kind: str) -> tuple[tuple[str, fx.Node, Any] | None, fx.Node | None]:
+def _mask(node: Any, kind: str) -> tuple[tuple[str, fx.Node, Any] | None, fx.Node | None]:
     """Read a mask on the scores: (mask, scores before it)."""
     args = node.args
     if kind == "add" and len(args) == 2 and not node.kwargs:
@@ -172,11 +172,10 @@ def _mask(node: fx.Node, kind: str) -> tuple[tuple[str, fx.Node, Any] | None, fx
         if shapes[0] == shapes[1] and right.target in (torch.matmul, operator.matmul, torch.bmm):
             scores, mask = right, left
         return ("add", mask, None), scores
-    if kind == "masked_fill" and len(args) == 3 and isinstance(args[0], fx.Node):
-        if isinstance(args[1], fx.Node) and _very_low(args[2]):
+    if len(args) == 3 and _very_low(args[2]) and all(isinstance(a, fx.Node) for a in args[:2]):
+        if kind == "masked_fill":
             return ("fill", args[1], args[2]), args[0]
-    if kind == "where" and len(args) == 3 and isinstance(args[0], fx.Node):
-        if isinstance(args[1], fx.Node) and _very_low(args[2]):
+        if kind == "where":
             return ("keep", args[0], args[2]), args[1]
     return None, None
 
@@ -233,8 +232,8 @@ def write_as_heads(
     modules = dict(captured.named_modules())
     places = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     query, key, value, mask, dropout, causal, scale, grouped = given(node, *places)
-    shapes = [n.meta.get("shape") if isinstance(n, fx.Node) else None for n in (query, key, value)]
-    if any(s is None or len(s) != 4 for s in shapes):
+    shapes = [_shape(n) for n in (query, key, value)]
+    if any(len(s) != 4 for s in shapes):
         return "its queries, keys and values do not have four dimensions"
     if grouped or shapes[0][1] != shapes[1][1] or shapes[1] != shapes[2]:
         return "its queries, keys and values have different heads or widths"
@@ -276,6 +275,10 @@ def write_as_heads(
         joined = node
     joined.replace_all_uses_with(made)
     return None
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(node.meta.get("shape") or ()) if isinstance(node, fx.Node) else ()
 
 
 def _before_split(node: Any, modules: Mapping[str, nn.Module], heads: int) -> fx.Node | None:
@@ -328,9 +331,7 @@ def _projection(
     return sources[0], torch.cat(blocks).T.contiguous(), torch.cat(biases).clone()
 
 
-def _block(
-    node: Any, modules: Mapping[str, nn.Module], heads: int
-) -> tuple[fx.Node, int, int] | None:
+def _block(node: Any, modules: Mapping[str, nn.Module], heads: int) -> tuple[Any, int, int] | None:
     """Tell which rows of which linear layer make a tensor (B, N, L, H): (call, part, parts).
 
     Every value on the way is read by this way alone.
@@ -360,7 +361,7 @@ def _block(
     return (call, part, 3) if single and call.op == "call_module" else None
 
 
-def _item(node: Any) -> tuple[int | None, fx.Node | None]:
+def _item(node: Any) -> tuple[int | None, Any]:
     """Read `x[i]`: (i, x)."""
     if isinstance(node, fx.Node) and node.target is operator.getitem:
         source, at = node.args
@@ -369,7 +370,7 @@ def _item(node: Any) -> tuple[int | None, fx.Node | None]:
     return None, None
 
 
-def _in_three(node: fx.Node) -> bool:
+def _in_three(node: Any) -> bool:
     """Tell whether a node takes a linear layer's output apart into three equal parts."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
@@ -388,14 +389,14 @@ def _in_three(node: fx.Node) -> bool:
     return good and isinstance(dim, int) and dim % rank == rank - 1 and width % 3 == 0
 
 
-def _alone(node: fx.Node, stop: fx.Node | None) -> bool:
+def _alone(node: Any, stop: fx.Node | None) -> bool:
     """Tell whether each value from `node` back to what `stop` gave is read once."""
     if stop is None:
         return all(user.target is operator.getitem for user in node.users) or len(node.users) == 1
     while node is not stop:
         if len(node.users) != 1:
             return False
-        node = node.args[0]  # type: ignore[assignment]  # a chain of calls on one tensor
+        node = node.args[0]
     return True
 
 
