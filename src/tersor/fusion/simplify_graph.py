@@ -14,7 +14,6 @@ from tersor.core.context import Context
 from tersor.core.errors import StepError, UnfitError
 from tersor.core.technique import technique
 
-
 _SAME = 1e-4
 """Largest relative root-mean-square difference that sums in another order explain."""
 

@@ -89,11 +89,10 @@ def _written(softmax: fx.Node, modules: Mapping[str, nn.Module]) -> Written | st
         if kind == "matmul":
             break
         if kind in ("add", "masked_fill", "where") and mask is None:
-            mask, inner = _mask(scores, kind)
+            # a factor on the sum would be one on the mask, too
+            mask, inner = _mask(scores, kind) if scale == 1 else (None, None)
         else:
             factor, inner = _factor(scores, modules)
-            if factor is not None and mask is None and scores is not softmax.args[0]:
-                inner = None
             scale *= 1.0 if factor is None else factor
         if inner is None:
             return "what comes before it is not a product of queries and keys"
