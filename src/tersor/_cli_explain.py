@@ -117,7 +117,7 @@ def _told_fusions(found: "Fusions") -> str:
     ]
     for step in found.steps:
         if step.comparison is None:
-            lines.append(paragraph(f"- {step.technique}: {step.reason}", ""))
+            lines.append(paragraph(f"- {step.reason}", ""))
             continue
         c = step.comparison
         low, high = ratio_digits(c.low), ratio_digits(c.high)

@@ -79,12 +79,14 @@ def fuse_norm_linear(net: nn.Module, config: FuseNormLinear, context: Context) -
         if each.inner is not None:
             each.node.replace_all_uses_with(each.inner)
             captured.graph.erase_node(each.node)
+            owner, _, leaf = each.name.rpartition(".")
+            delattr(captured.get_submodule(owner), leaf)
             rewritten = True
     if not folded:
         told = [f"{name}: {why}" for name, why in reversed(reasons.items())]
         why = "; ".join(told[:_TOLD]) or "the network has no layer norm or RMS norm with a scale"
         raise UnfitError(f"fuse_norm_linear: no norm can be folded ({why})")
-    drop_dead(captured)
+    drop_dead(captured)  # with what read the scales that are gone
     captured.recompile()
     annotate(captured, context.inputs)
     made = captured if rewritten else net

@@ -13,7 +13,7 @@ from tersor.core.errors import UnfitError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
 from tersor.ops.attention import split_attention
-from tersor.ops.calls import foldable, free_name, kind_of, readers
+from tersor.ops.calls import foldable, free_name, kind_of, readers, reads_shape
 from tersor.ops.capture import annotate, capture, drop_dead
 from tersor.ops.modules import check_patterns
 from tersor.ops.outputs import check_same, outputs_of
@@ -104,7 +104,7 @@ def _attentions(call: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node
     found, seen, todo = [], set(), list(call.users)
     while todo:
         node = todo.pop()
-        if node in seen:
+        if node in seen or reads_shape(node):
             continue
         seen.add(node)
         kind = kind_of(node, modules)

@@ -142,8 +142,7 @@ def _factor(node: Any, modules: Mapping[str, nn.Module]) -> tuple[float | None, 
     if value is None and len(node.args) == 2 and isinstance(node.args[0], fx.Node):
         # computed from the shape: only a root of the head's width does not change with the batch
         inner, value = node.args[0], number(node.args[1])
-        width = float((inner.meta.get("shape") or (0,))[-1])
-        roots = [math.sqrt(w) for w in (width, *_widths(inner, modules)) if w > 0]
+        roots = [math.sqrt(width) for width in _widths(inner, modules)]
         if value is None or not any(math.isclose(value, r**p) for r in roots for p in (1, -1)):
             return None, None
     if value is None or (kind == "div" and (value == 0 or inner is not node.args[0])):
@@ -151,10 +150,12 @@ def _factor(node: Any, modules: Mapping[str, nn.Module]) -> tuple[float | None, 
     return (value if kind == "mul" else 1 / value), inner
 
 
-def _widths(scores: fx.Node, modules: Mapping[str, nn.Module]) -> list[float]:
-    if kind_of(scores, modules) != "matmul" or not isinstance(scores.args[0], fx.Node):
-        return []
-    return [float((scores.args[0].meta.get("shape") or (0,))[-1])]
+def _widths(scaled: fx.Node, modules: Mapping[str, nn.Module]) -> list[int]:
+    """List what may be the width of a head in queries, in keys (turned or not) or in scores."""
+    if kind_of(scaled, modules) == "matmul":
+        return list(_shape(scaled.args[0])[-1:])
+    turned = swaps_last_two(scaled, modules) is not None
+    return list(_shape(scaled)[-2:-1] if turned else _shape(scaled)[-1:])
 
 
 def _mask(node: Any, kind: str) -> tuple[tuple[str, fx.Node, Any] | None, fx.Node | None]:
