@@ -7,7 +7,7 @@ from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
     from tersor.explainer import Explanation
-    from tersor.fusions import Fusions
+    from tersor.fusions import Fusions, Step
 
 
 def explain(
@@ -124,8 +124,14 @@ def _told_fusions(found: "Fusions") -> str:
         lines.append(
             paragraph(
                 f"- {step.technique}: {colored(c.verdict)}, {ratio_digits(c.speedup)}x as fast "
-                f"({low} to {high}); {step.operators[0]} operators -> {step.operators[1]}",
+                f"({low} to {high}); {_operators(step)}",
                 "",
             )
         )
     return "\n".join(lines)
+
+
+def _operators(step: "Step") -> str:
+    if step.same:
+        return "the runtime executes the same operators as without it"
+    return f"{step.operators[0]} operators -> {step.operators[1]}"

@@ -68,6 +68,9 @@ class Step:
     """Kind -> operators of one kind in one piece (before, after), where they differ."""
     operators: tuple[int, int] = (0, 0)
     """That the runtime executes, before and after."""
+    same: bool = False
+    """Whether they are the same operators: then a difference in time is noise, or the placing of
+    weights in memory."""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -163,6 +166,10 @@ class _Written:
         self.outputs = first(self.candidate.runner.bind(sample)())
         norms = _batch_norms(net, inputs) if form_of(net) == "module" else 0
         self.rows = _rows(patterns, self.ran, norms)
+
+
+def _kinds(written: "_Written") -> Counter[str]:
+    return Counter(operator.kind for operator in written.ran)
 
 
 def _works(operator: RanOperator) -> bool:
@@ -288,6 +295,9 @@ def _tried(
         made = technique.apply(given, technique.config(), context)
     except (UnfitError, DependencyError, TargetError) as error:
         return Step(technique=technique.name, reason=str(error), facts=context.facts)
+    if "note" in context.facts:  # a step that found nothing to do, and says so
+        reason = f"{technique.name}: {context.facts['note']}"
+        return Step(technique=technique.name, reason=reason, facts=context.facts)
     written = _Written(made, context.work_dir / "made", context.inputs, context.target, sample)
     try:
         _compare(plain.outputs, written.outputs, technique.name)
@@ -310,5 +320,6 @@ def _tried(
             if before.get(kind, 0) != after.get(kind, 0)
         },
         operators=(len(plain.ran), len(written.ran)),
+        same=_kinds(plain) == _kinds(written),
         facts=context.facts,
     )
