@@ -78,6 +78,38 @@ class TinyTransformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class WrittenTransformer(nn.Module):
+    """As the one above, with everything spelled out: projections, attention, RMS norm, GELU."""
+
+    def __init__(self, dim: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Linear(8, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.fc1 = nn.Linear(dim, 2 * dim)
+        self.fc2 = nn.Linear(2 * dim, dim)
+        self.head = nn.Linear(dim, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.squeeze(1))
+        batch, tokens, dim = x.shape
+        y = self.norm1(x)
+        q, k, v = (
+            layer(y).view(batch, tokens, self.heads, -1).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        shares = torch.softmax(q @ k.transpose(-2, -1) / (dim // self.heads) ** 0.5, dim=-1)
+        x = x + self.proj((shares @ v).transpose(1, 2).reshape(batch, tokens, dim))
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
+        y = self.fc1(y)
+        return self.head((x + self.fc2(y * 0.5 * (1 + torch.erf(y * 0.7071067811865476)))).mean(1))
+
+
 _TRAINED: dict[str, dict[str, Tensor]] = {}
 
 
@@ -124,6 +156,12 @@ def sparse_cnn(zeros: float = 0.9) -> nn.Module:
 def tiny_transformer(trained: bool = True) -> nn.Module:
     torch.manual_seed(0)
     return _train(TinyTransformer(), "transformer") if trained else TinyTransformer().eval()
+
+
+def written_transformer(trained: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    net = WrittenTransformer()
+    return _train(net, "written") if trained else net.eval()
 
 
 def _train(net: nn.Module, key: str) -> nn.Module:

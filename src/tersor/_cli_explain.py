@@ -1,4 +1,4 @@
-"""`tersor explain`: what 8-bit integers buy a network on a target, and why."""
+"""`tersor explain`: what 8-bit integers, or fusions, buy a network on a target, and why."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +7,7 @@ from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
     from tersor.explainer import Explanation
+    from tersor.fusions import Fusions, Step
 
 
 def explain(
@@ -15,6 +16,7 @@ def explain(
     data: str | None,
     target: str | None,
     technique: str | None,
+    fusion: bool,
     batch: int,
     threads: int | None,
     budget_s: float,
@@ -22,11 +24,11 @@ def explain(
     partial: bool,
     as_json: bool,
 ) -> int:
-    """Quantize what the words name, run both under the profiler, and say why it pays or not."""
+    """Quantize, or fuse, what the words name, run both, and say why it pays or not."""
     from dataclasses import replace
 
-    from tersor import explainer, pipeline
-    from tersor.core.errors import DataError, ModelError
+    from tersor import explainer, fusions, pipeline
+    from tersor.core.errors import DataError, ModelError, RecipeError
     from tersor.core.recipe import read_target
     from tersor.core.runtime import Target
 
@@ -34,6 +36,8 @@ def explain(
         raise ModelError(
             f"explain takes a network in Python, such as FILE.py:FACTORY; {subject!r} is a folder"
         )
+    if fusion and technique is not None:
+        raise RecipeError("--fusion tries every fusion technique; leave --technique out")
     if data is None:
         raise DataError("explain runs the network; give --data, such as FILE.py:FUNCTION")
     chosen = read_target(target) or Target(runtime="onnxruntime")
@@ -42,6 +46,15 @@ def explain(
     model = pipeline.load(subject, weights=weights, partial=partial)
     for note in model.notes:
         tell(note)
+    if fusion:
+        seen = fusions.fusions(
+            model, pipeline.load_data(data), target=chosen, batch=batch, budget_s=budget_s
+        )
+        if as_json:
+            show_json({"subject": subject, "fusions": seen})
+        else:
+            show(_told_fusions(seen))
+        return 0
     found = explainer.explain(
         model,
         pipeline.load_data(data),
@@ -86,3 +99,39 @@ def _told(found: "Explanation") -> str:
             *(paragraph(f"- {reason}", "") for reason in found.reasons),
         ]
     )
+
+
+def _told_fusions(found: "Fusions") -> str:
+    from tersor.core.report_words import ratio_digits
+
+    head = ("operators that could be one", "found", "by export", "by runtime", "partly", "left")
+    rows = [
+        (r.kind, *(str(n) for n in (r.found, r.by_export, r.by_runtime, r.partly, r.left)))
+        for r in found.rows
+    ]
+    lines = [
+        f"{found.target}, batch {found.batch}, threads {found.threads}: the runtime executes "
+        f"{found.operators} operators",
+        "",
+        table(head, rows),
+    ]
+    for step in found.steps:
+        if step.comparison is None:
+            lines.append(paragraph(f"- {step.reason}", ""))
+            continue
+        c = step.comparison
+        low, high = ratio_digits(c.low), ratio_digits(c.high)
+        lines.append(
+            paragraph(
+                f"- {step.technique}: {colored(c.verdict)}, {ratio_digits(c.speedup)}x as fast "
+                f"({low} to {high}); {_operators(step)}",
+                "",
+            )
+        )
+    return "\n".join(lines)
+
+
+def _operators(step: "Step") -> str:
+    if step.same:
+        return "the runtime executes the same operators as without it"
+    return f"{step.operators[0]} operators -> {step.operators[1]}"

@@ -275,6 +275,9 @@ def explain(
     ] = None,
     batch: Batch = 1,
     threads: Threads = None,
+    fusion: Annotated[
+        bool, typer.Option("--fusion", help="what the runtime fuses by itself, and what steps add")
+    ] = False,
     budget: Annotated[
         float, option("--budget", "SECONDS", "longest contest", min=0.1, show_default=True)
     ] = 6.0,
@@ -296,6 +299,7 @@ def explain(
         data=data,
         target=target,
         technique=technique,
+        fusion=fusion,
         batch=batch,
         threads=threads,
         budget_s=budget,

@@ -28,6 +28,7 @@ FACTORIES = {
     "cnn": networks.tiny_cnn,
     "transformer": networks.tiny_transformer,
     "sparse": networks.sparse_cnn,
+    "written": networks.written_transformer,
 }
 
 

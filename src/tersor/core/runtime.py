@@ -75,6 +75,16 @@ class OperatorTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RanOperator:
+    """An operator that a runtime executes after optimizing a network."""
+
+    kind: str
+    """The runtime's word for it, such as FusedConv."""
+    covers: tuple[str, ...]
+    """Names of the network's operators, or of their outputs, that it computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """What a file in `runtimes/` offers."""
 
@@ -88,6 +98,8 @@ class Runtime:
     """Load the first of those files."""
     profile: Callable[[Path, Target, Sequence[Arrays]], Sequence[OperatorTime]] | None = None
     """Run the batches and tell where the time went; None: the runtime has no such means."""
+    fused: Callable[[Path, Target], Sequence[RanOperator]] | None = None
+    """Tell what an exported network is executed as; None: the runtime has no such means."""
     options: tuple[str, ...] = ("threads",)
     """Names allowed in `Target.options`."""
     weights: tuple[str, ...] = ()

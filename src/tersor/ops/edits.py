@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import ArtifactError, ModelError
-from tersor.ops import blocks, dynamic, float8, modules, norms, sparse
+from tersor.ops import blocks, dynamic, float8, modules, multi_head, norms, sparse
 from tersor.ops.notes import note, notes_of
 
 _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -99,7 +99,7 @@ _CLASSES: dict[str, type[nn.Module]] = {
     **{kind.__name__: kind for kind in _ARGUMENTS},
     **{
         name: kind
-        for place in (modules, blocks, dynamic, float8, norms, sparse)
+        for place in (modules, blocks, dynamic, float8, multi_head, norms, sparse)
         for name, kind in vars(place).items()
         if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "arguments")
     },

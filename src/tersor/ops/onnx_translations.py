@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 
-import tersor.ops.dynamic  # noqa: F401  # registers torch.ops.tersor
+import tersor.ops.dynamic
+import tersor.ops.multi_head  # noqa: F401  # both register torch.ops.tersor
 
 DIRECT = frozenset(
     [
@@ -69,6 +70,16 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     write: Any = op  # its annotations know values of scripts alone
 
+    def contrib(kind: str, inputs: list[Any], attributes: list[Any], num_outputs: int = 1) -> Any:
+        """Write an operator of ONNX Runtime's own; return its outputs, of float32."""
+        node: Any = ir.Node("com.microsoft", kind, inputs, attributes, num_outputs=num_outputs)
+        # the exporter's recorder; onnxscript itself knows no operators of other domains
+        recorder: Any = evaluator.default()
+        recorder.nodes.append(node)
+        for made in node.outputs:
+            made.dtype = ir.DataType.FLOAT
+        return node.outputs
+
     def dequantize_per_channel_group(
         codes: Any,
         scales: Any,
@@ -109,8 +120,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     ) -> Any:
         sides, units, gates = recurrent.shape
         zeros: Any = write.Constant(value=ir.tensor(np.zeros((sides, gates), np.int8)))
-        node: Any = ir.Node(
-            "com.microsoft",
+        outputs, last, last_cell = contrib(
             "DynamicQuantizeLSTM",
             [
                 x,
@@ -132,14 +142,27 @@ def translations() -> dict[Any, Callable[..., Any]]:
             ],
             num_outputs=3,
         )
-        # the exporter's recorder; onnxscript itself knows no operators of other domains
-        recorder: Any = evaluator.default()
-        recorder.nodes.append(node)
-        outputs, last, last_cell = node.outputs
-        for made in node.outputs:
-            made.dtype = ir.DataType.FLOAT
         shape = write.Constant(value_ints=[0, 0, -1])
         return write.Reshape(write.Transpose(outputs, perm=[0, 2, 1, 3]), shape), last, last_cell
+
+    def multi_head_attention(
+        query: Any, key: Any, value: Any, mask: Any, heads: int, scale: float, causal: bool
+    ) -> Any:
+        inputs = [query, key, value, *([] if mask is None else [None, None, mask])]
+        return contrib("MultiHeadAttention", inputs, settings(heads, scale, causal))[0]
+
+    def projected_attention(
+        x: Any, weight: Any, bias: Any, mask: Any, heads: int, scale: float, causal: bool
+    ) -> Any:
+        inputs = [x, weight, bias, *([] if mask is None else [None, None, mask])]
+        return contrib("Attention", inputs, settings(heads, scale, causal))[0]
+
+    def settings(heads: int, scale: float, causal: bool) -> list[Any]:
+        return [
+            ir.AttrInt64("num_heads", heads),
+            ir.AttrFloat32("scale", scale),
+            ir.AttrInt64("unidirectional", int(causal)),
+        ]
 
     def conv_transpose2d(
         x: Any,
@@ -172,6 +195,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ),
         torch.ops.tersor.dynamic_linear.default: dynamic_linear,
         torch.ops.tersor.dynamic_lstm.default: dynamic_lstm,
+        torch.ops.tersor.multi_head_attention.default: multi_head_attention,
+        torch.ops.tersor.projected_attention.default: projected_attention,
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tersor.core.errors import TargetError
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs
-from tersor.core.runtime import Arrays, OperatorTime, Runner, Runtime, Target
+from tersor.core.runtime import Arrays, OperatorTime, RanOperator, Runner, Runtime, Target
 from tersor.core.timing import middle_mean
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -58,13 +58,27 @@ def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[O
     ]
 
 
+def fused(path: Path, target: Target) -> Sequence[RanOperator]:
+    """Let ONNX Runtime write its optimized graph, and follow the tensors in it."""
+    import onnx
+
+    from tersor.ops.onnx_cover import covered
+
+    with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
+        written = Path(folder) / "optimized.onnx"
+        _session(path, target, write_to=written)
+        return covered(onnx.load(path), onnx.load(written))
+
+
 def _weight(about: Mapping[str, Any]) -> tuple[int, ...]:
     shapes = [tuple(next(iter(shape.values()))) for shape in about.get("input_type_shape", ())]
     at = 3 if about["op_name"].startswith("QLinear") else 1
     return shapes[at] if len(shapes) > at else ()
 
 
-def _session(path: Path, target: Target, profile_to: Path | None = None) -> Any:
+def _session(
+    path: Path, target: Target, profile_to: Path | None = None, write_to: Path | None = None
+) -> Any:
     import onnxruntime
 
     provider = _PROVIDERS[target.device]
@@ -80,6 +94,8 @@ def _session(path: Path, target: Target, profile_to: Path | None = None) -> Any:
     if profile_to is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_to)
+    if write_to is not None:
+        options.optimized_model_filepath = str(write_to)
     # idle threads that spin would disturb whatever is measured beside this session
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # 4-bit weights: compute in fp32, not in int8 with activations quantized on the fly
@@ -134,6 +150,7 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     profile=profile,
+    fused=fused,
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("onnx", "onnxscript"),
     to_run=("onnxruntime",),

@@ -10,7 +10,7 @@ import numpy as np
 from tersor.core.errors import TargetError
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs
-from tersor.core.runtime import Arrays, OperatorTime, Runner, Runtime, Target
+from tersor.core.runtime import Arrays, OperatorTime, RanOperator, Runner, Runtime, Target
 from tersor.core.timing import middle_mean
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -54,6 +54,18 @@ def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[O
         OperatorTime(name=name, kind=kinds[name], ms=middle_mean(times) * len(times) / len(batches))
         for name, times in taken.items()
     ]
+
+
+def fused(path: Path, target: Target) -> Sequence[RanOperator]:
+    """Read which layers went into each operator from the compiled model's own graph."""
+    found = []
+    for operator in _compiled(path, target).get_runtime_model().get_ordered_ops():
+        about = operator.get_rt_info()
+        kind, names = (str(about[k].astype(str)) for k in ("layerType", "originalLayersNames"))
+        # what OpenVINO takes apart, such as a bias, is called NAME/PART
+        bases = {name.partition("/")[0] for name in names.split(",") if name}
+        found.append(RanOperator(kind=kind, covers=tuple(sorted(bases))))
+    return found
 
 
 def _compiled(path: Path, target: Target, counting: bool = False) -> Any:
@@ -127,6 +139,7 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     profile=profile,
+    fused=fused,
     options=("threads", "precision"),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("openvino", "onnx", "onnxscript"),
