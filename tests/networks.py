@@ -78,6 +78,33 @@ class TinyTransformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class Residual(nn.Module):
+    """A block of a deep perceptron."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.linear(self.norm(x)))
+
+
+class DeepPerceptron(nn.Module):
+    """1x8x8 digits through equal blocks to 10 classes."""
+
+    def __init__(self, blocks: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Residual(64) for _ in range(blocks)])
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
 class WrittenTransformer(nn.Module):
     """As the one above, with everything spelled out: projections, attention, RMS norm, GELU."""
 
@@ -151,6 +178,12 @@ def sparse_cnn(zeros: float = 0.9) -> nn.Module:
             weight = layer.weight.data.view(-1)
             weight[weight.abs().argsort()[: int(zeros * weight.numel())]] = 0
     return net
+
+
+def deep_perceptron(blocks: int = 4, trained: bool = True) -> nn.Module:
+    """Blocks that are alike."""
+    net = DeepPerceptron(blocks)
+    return _train(net, f"deep{blocks}") if trained else net.eval()
 
 
 def tiny_transformer(trained: bool = True) -> nn.Module:

@@ -29,6 +29,7 @@ FACTORIES = {
     "transformer": networks.tiny_transformer,
     "sparse": networks.sparse_cnn,
     "written": networks.written_transformer,
+    "deep": networks.deep_perceptron,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core.errors import RecipeError, StepError, UnfitError
 from tersor.core.layers import Layers
@@ -21,39 +21,13 @@ from tests import networks
 Make = Callable[..., Any]
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(64)
-        self.linear = nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.relu(self.linear(self.norm(x)))
-
-
-class Deep(nn.Module):
-    """1x8x8 digits through equal blocks to 10 classes."""
-
-    def __init__(self, blocks: int = 4) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Residual() for _ in range(blocks)])
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        for block in self.blocks:
-            x = block(x)
-        made: Tensor = self.head(x)
-        return made
-
-
 def linear(net: Any, index: int) -> nn.Parameter:
     found: nn.Parameter = net.blocks[index].linear.weight
     return found
 
 
 def test_pairs_share_the_mean_of_their_matrices(tiny_context: Make) -> None:
-    net = Deep().eval()
+    net = networks.deep_perceptron(trained=False)
     before = [linear(net, i).detach().clone() for i in range(4)]
     context = tiny_context(net)
     tie_layers(net, TieLayers(), context)
@@ -63,17 +37,17 @@ def test_pairs_share_the_mean_of_their_matrices(tiny_context: Make) -> None:
     torch.testing.assert_close(linear(net, 0).detach(), (before[0] + before[1]) / 2)
     assert net.blocks[0].norm.weight is not net.blocks[1].norm.weight  # type: ignore[union-attr]
     assert context.facts["groups"] == [["blocks.0", "blocks.1"], ["blocks.2", "blocks.3"]]
-    count = sum(p.numel() for p in Deep().parameters())
+    count = sum(p.numel() for p in networks.DeepPerceptron().parameters())
     assert context.facts["parameters"] == pytest.approx(1 - 2 * 64 * 64 / count)
 
 
 def test_all_blocks_or_three_of_them_and_the_first_ones_matrices(tiny_context: Make) -> None:
-    net = Deep(5).eval()
+    net = networks.deep_perceptron(5, trained=False)
     first = linear(net, 0).detach().clone()
     tie_layers(net, TieLayers(share=0, start="first"), tiny_context(net))
     assert all(linear(net, i) is linear(net, 0) for i in range(5))
     assert torch.equal(linear(net, 0), first)
-    net = Deep(5).eval()
+    net = networks.deep_perceptron(5, trained=False)
     tie_layers(net, TieLayers(share=3), tiny_context(net))
     assert linear(net, 2) is linear(net, 0)
     assert linear(net, 4) is linear(net, 3)
@@ -82,7 +56,7 @@ def test_all_blocks_or_three_of_them_and_the_first_ones_matrices(tiny_context: M
 def test_tied_weights_stay_tied_through_training_storage_and_export(
     tiny_context: Make, tmp_path: Path
 ) -> None:
-    net = Deep().eval()
+    net = networks.deep_perceptron(trained=False)
     original = copy.deepcopy(net)
     context = tiny_context(net)
     tie_layers(net, TieLayers(), context)
@@ -99,7 +73,7 @@ def test_tied_weights_stay_tied_through_training_storage_and_export(
 
 
 def test_a_file_that_ties_to_nothing_is_refused(tiny_context: Make, tmp_path: Path) -> None:
-    net = Deep().eval()
+    net = networks.deep_perceptron(trained=False)
     original = copy.deepcopy(net)
     tie_layers(net, TieLayers(), tiny_context(net))
     edits.store(net, original, tmp_path)
@@ -115,7 +89,7 @@ def test_bad_input_is_refused(tiny_context: Make) -> None:
     net = networks.tiny_cnn()
     with pytest.raises(UnfitError, match="has no two blocks of one class and shape"):
         tie_layers(net, TieLayers(), tiny_context(net))
-    net = Deep().eval()
+    net = networks.deep_perceptron(trained=False)
     with pytest.raises(RecipeError, match=r"pattern 'block\.0' matches no layer"):
         tie_layers(net, TieLayers(layers=Layers(patterns=("block.0",))), tiny_context(net))
     with pytest.raises(
