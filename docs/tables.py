@@ -439,7 +439,8 @@ def distilled(chinese: bool) -> str:
     pooled = raw["distilled_minus_labels"]
     if pooled is not None:
         seeds = ", ".join(map(str, pooled["seeds"]))
-        text += f"\nDistilled minus labels: {interval(pooled)} points, seeds {seeds}.\n"
+        shown = "above zero" if pooled["low"] > 0 else "not shown to be above zero"
+        text += f"\nDistilled minus labels: {interval(pooled)} points, seeds {seeds}: {shown}.\n"
     for item in found.get("precision", []):
         accuracy = interval(item["bf16_minus_fp32"])
         text += (
