@@ -21,6 +21,7 @@ PAGES = (
     "README.zh-CN.md",
     "docs/how-to/distill.md",
     "docs/how-to/decompose.md",
+    "docs/how-to/fuse.md",
     "docs/how-to/prune.md",
     "docs/how-to/share-weights.md",
     "docs/measuring.md",
@@ -80,6 +81,8 @@ def rendered(text: str, *, chinese: bool) -> str:
         "clustered_int8": clustered_int8,
         "distilled": distilled,
         "decomposed": decomposed,
+        "fused": fused,
+        "fusion_steps": fusion_steps,
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -523,6 +526,57 @@ def explained(chinese: bool) -> str:
                 f"{outside[0]:.0f} %, {outside[1]:.0f} %",
             ]
         )
+    return table(head, rows)
+
+
+def fused(chinese: bool) -> str:
+    """One row a network and kind of fusion: found, and how many each runtime makes one of."""
+    del chinese
+    raw = stored("fusion")
+    if raw is None:
+        return ""
+    counts: dict[tuple[str, str], dict[str, Plain]] = {}
+    for item in raw["results"]:
+        for row in item["fusions"]["rows"]:
+            counts.setdefault((item["network"], row["kind"]), {})[item["runtime"]] = row
+    head = ["network", "operators that could be one", "found", "ONNX Runtime", "OpenVINO"]
+    rows = []
+    for (network, kind), own in counts.items():
+        told = []
+        for runtime in ("onnxruntime", "openvino"):
+            row = own.get(runtime)
+            parts = ("by_export", "export"), ("by_runtime", "fused"), ("partly", "partly")
+            said = [] if row is None else [f"{row[k]} {w}" for k, w in parts if row[k]]
+            left = [f"{row['left']} left"] if row is not None and row["left"] else []
+            told.append(", ".join(said + left))
+        rows.append([network, kind, str(next(iter(own.values()))["found"]), *told])
+    return table(head, rows)
+
+
+def fusion_steps(chinese: bool) -> str:
+    """One row a network, runtime and fusion step that fits it."""
+    del chinese
+    raw = stored("fusion")
+    if raw is None:
+        return ""
+    head = ["network", "runtime", "step", "faster, 95 %", "operators executed", "verdict"]
+    rows = []
+    for item in raw["results"]:
+        for step in item["fusions"]["steps"]:
+            c = step["comparison"]
+            if c is None:
+                continue
+            before, after = step["operators"]
+            rows.append(
+                [
+                    item["network"],
+                    item["runtime"],
+                    f"`{step['technique']}`",
+                    f"{c['speedup']:.2f}x [{c['low']:.2f}, {c['high']:.2f}]",
+                    f"{before}, the same" if step["same"] else f"{before} -> {after}",
+                    "adds nothing" if step["same"] else c["verdict"],
+                ]
+            )
     return table(head, rows)
 
 
