@@ -80,7 +80,7 @@ def measured(network: str, way: str, seed: int) -> dict[str, Any]:
     module = workload("mnist")
     data = module.data()
     plain = Recipe.load("deep-compression").plain()
-    plain["steps"][1][0]["gradual"]["sparsity"] = SPARSITY[way]
+    plain["steps"][1]["gradual"]["sparsity"] = SPARSITY[way]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         made = tersor.compress(
