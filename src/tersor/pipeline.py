@@ -17,7 +17,7 @@ from tersor import trainer, workspace
 from tersor.core import artifact, packing, plugins
 from tersor.core.artifact import Artifact
 from tersor.core.context import Data, Fit, Track, silent
-from tersor.core.errors import DataError, suggest
+from tersor.core.errors import DataError, ModelError, suggest
 from tersor.core.goal import Goal
 from tersor.core.hardware import environment
 from tersor.core.model import Model
@@ -56,6 +56,11 @@ def load(source: str, *, weights: str | Path | None = None, partial: bool = Fals
     path = None if weights is None else Path(weights)
     if packing.is_packed(Path(source)):
         with packing.unpacked(Path(source)) as file:
+            if file.suffix not in (".onnx", ".pt2"):
+                raise ModelError(
+                    f"{source!r} holds {file.name!r}, which cannot be looked into; give the "
+                    "artifact's folder"
+                )
             return replace(load(str(file), weights=path, partial=partial), origin=source)
     known = plugins.names("sources")
     name, _, place = source.partition(":")

@@ -150,6 +150,11 @@ def fitting(found: Place, batches: Sequence[Arrays]) -> list[Arrays]:
 def _bare(path: Path, target: Target | None, threads: int | None) -> Place:
     if is_packed(path):
         with unpacked(path) as inner:
+            if inner.suffix not in RUNTIMES:
+                raise ModelError(
+                    f"{path.name!r} holds {inner.name!r}, which cannot be run without its "
+                    "artifact; give the artifact's folder"
+                )
             found = _bare(inner, target, threads)
         return replace(found, name=str(path), files=(path,))
     if target is None:

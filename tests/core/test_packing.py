@@ -174,6 +174,8 @@ def forged(folder: Path, body: bytes) -> Path:
 
 NAME = b"\x01\x01x"
 """One file, called x."""
+LARGE = b"\x80\x80\x80\x80\x04"
+"""1 GB, as a number."""
 BAD = {
     "it holds no file": b"\x00",
     "it is cut off": b"\x01\x05ab",
@@ -182,7 +184,8 @@ BAD = {
     "a file name is not text": b"\x01\x02\xff\xfe",
     "a number without an end": b"\x01\x01x" + b"\xff" * 11,
     "more than the disk has free": NAME + b"\xff\xff\xff\xff\xff\xff\x7f" + b"\x00\x00\x00",
-    "are claimed to come of": NAME + b"\x01" + b"\x01\x80\x80\x80\x80\x10" + b"\x01\x00",
+    "are claimed to come of": NAME + LARGE + b"\x01" + LARGE + b"\x01\x00",
+    "a number of 9, where at most 3 can be": NAME + b"\x03" + b"\x00\x09abcdefghi" + b"\x00",
     "has another size than it says": NAME + b"\x05" + b"\x00\x03abc" + b"\x00",
     "bytes are left over": NAME + b"\x03" + b"\x00\x03abc" + b"\x00" + b"!",
     "a stream of unknown kind 7": NAME + b"\x03" + b"\x07\x03abc" + b"\x00",
@@ -210,12 +213,38 @@ def test_a_forged_file_is_refused_with_the_reason(reason: str, tmp_path: Path) -
 
 
 def test_an_absurd_size_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
-    """A stream that claims 100 GB of one byte."""
-    body = NAME + b"\x01" + b"\x01\x80\xd0\xdb\xc3\xf4\x02" + b"\x01\x00"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ArtifactError, match="are claimed to come of 1"):
-        packing.unpack(forged(tmp_path, body), tmp_path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+    """A file that really holds 1 GB of zeros, but says that it is of 10 bytes; one that says 1 GB."""
+    lengths = {b"\x0a": "a number of 1073741824, where at most 10", LARGE: "has another length"}
+    zeros = packing._compress(bytes(1 << 22), 0)
+    for size, reason in lengths.items():
+        stream = b"\x01" + LARGE + packing._number(len(zeros) + (1 << 17))
+        body = NAME + size + stream + zeros + bytes(1 << 17) + b"\x00"
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ArtifactError, match=reason):
+            packing.unpack(forged(tmp_path, body), tmp_path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+def test_a_packed_file_in_a_packed_file_is_refused(tmp_path: Path) -> None:
+    inner = packed(tmp_path, "x.any", bytes(100)).rename(tmp_path / "inner.packed")
+    with pytest.raises(ArtifactError, match=r"'outer\.packed' holds a packed file"):
+        packing.pack([inner], tmp_path / "outer.packed")
+    assert not (tmp_path / "outer.packed").exists()
+    body = packing._number(1) + packing._file("inner.packed", inner.read_bytes(), [])
+    with (
+        pytest.raises(ArtifactError, match=r"'forged\.packed' holds a packed file"),
+        packing.unpacked(forged(tmp_path, bytes(body))),
+    ):
+        raise AssertionError
+
+
+def test_names_that_cannot_be_packed_are_refused_before_work(tmp_path: Path) -> None:
+    file = tmp_path / ".x"
+    file.write_bytes(b"abc")
+    with pytest.raises(ArtifactError, match=r"'\.x' cannot be the name of a packed file"):
+        packing.pack([file], tmp_path / "x.packed")
+    assert file.exists()
+    assert not (tmp_path / "x.packed").exists()
 
 
 def garbage(dice: random.Random, whole: bytes) -> bytes:

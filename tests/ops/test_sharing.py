@@ -10,6 +10,7 @@ from tersor import trainer
 from tersor.core.errors import StepError
 from tersor.ops import masks
 from tersor.ops.losses import labelled_loss
+from tersor.ops.notes import note
 from tersor.ops.sharing import find, holding, shared_weights
 from tests import networks
 
@@ -44,7 +45,10 @@ def test_rows_that_are_multiples_of_few_values_are_found() -> None:
     [
         torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),
         torch.zeros(16, 16),
-        torch.ones(16, 16),
+        # large values beside many small ones, which must not be taken for one
+        torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02 + torch.eye(64),
+        torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * 2e-5 + torch.eye(64),
+        torch.randn(1, 70_000, generator=torch.Generator().manual_seed(0)),
         torch.full((16, 16), float("nan")),
         few((2, 2)),
         few((64,)),
@@ -67,8 +71,58 @@ def test_the_projection_is_the_nearest_shared_weight() -> None:
         torch.testing.assert_close(made[inside][0], moved[inside].double().mean().float())
 
 
+def linear(weight: torch.Tensor) -> nn.Linear:
+    net = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        net.weight.copy_(weight)
+    note(net, shared=True)
+    return net
+
+
+def test_as_many_values_as_kmeans_gives_are_found_beside_zero() -> None:
+    weight = few((64, 64), 256)
+    weight[torch.rand(64, 64) < 0.5] = 0
+    found = find(weight)
+    assert found is not None
+    assert torch.equal(found.values(), weight)
+    assert find(torch.full((16, 16), 0.5)) is not None
+
+
+def test_a_network_without_the_note_is_left_alone() -> None:
+    net = nn.Linear(64, 8, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(few((8, 64)))
+    assert not shared_weights(net)
+
+
+def test_what_is_pruned_while_training_stays_pruned() -> None:
+    net = linear(few((8, 64)))
+    gone = torch.rand(8, 64) < 0.5
+
+    def prune(net: nn.Module, *args: Any, **settings: Any) -> nn.Module:
+        with torch.no_grad():
+            net.weight.masked_fill_(gone, 0.0)  # type: ignore[operator]
+        return net
+
+    before = net.weight.detach().clone()
+    holding(prune)(net, labelled_loss, batches=[], epochs=1)  # type: ignore[arg-type]
+    assert torch.equal(net.weight.detach(), before.masked_fill(gone, 0.0))
+
+
+def test_a_trainer_gets_the_arguments_that_it_was_called_with() -> None:
+    seen: dict[str, Any] = {}
+
+    def fit(net: nn.Module, loss: Any, **settings: Any) -> nn.Module:
+        seen.update(settings)
+        return net
+
+    holding(fit)(linear(few((8, 64))), labelled_loss, batches=[], epochs=1)  # type: ignore[arg-type]
+    assert set(seen) == {"batches", "epochs"}
+
+
 def shared_net(scaled: bool, pruned: bool) -> nn.Module:
     net = networks.tiny_cnn(trained=False)
+    note(net, shared=True)
     for layer in (net.block1.conv1, net.fc):  # type: ignore[union-attr]
         weight: Any = layer.weight
         made = few(tuple(weight.shape))
@@ -113,9 +167,7 @@ def test_training_moves_values_and_shares_them_still(
 
 
 def test_the_gradient_of_a_value_is_the_mean_of_its_weights() -> None:
-    net = nn.Linear(64, 8, bias=False)
-    with torch.no_grad():
-        net.weight.copy_(few((8, 64)))
+    net = linear(few((8, 64)))
     start = net.weight.detach().clone()
     wanted = torch.randn(8, 64)
 
@@ -135,9 +187,7 @@ def test_the_gradient_of_a_value_is_the_mean_of_its_weights() -> None:
 
 
 def test_a_trainer_that_returns_another_network_is_refused() -> None:
-    net = nn.Linear(64, 8)
-    with torch.no_grad():
-        net.weight.copy_(few((8, 64)))
+    net = linear(few((8, 64)))
 
     def other(net: nn.Module, *args: Any, **settings: Any) -> nn.Module:
         return nn.Sequential(net)

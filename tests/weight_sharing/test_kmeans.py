@@ -15,6 +15,7 @@ from tersor.core.layers import Layers
 from tersor.distillation.finetune import Finetune, finetune
 from tersor.fusion.fuse_batch_norm import FuseBatchNorm, fuse_batch_norm
 from tersor.ops.codebooks import kmeans as plain_kmeans
+from tersor.pruning.gradual import Gradual, gradual
 from tersor.quantization.static import Static, static
 from tersor.weight_sharing.kmeans import Kmeans, kmeans
 from tests import networks
@@ -70,6 +71,29 @@ def test_tables_with_scales_survive_folding_and_make_few_codes(tiny_context: Mak
             assert len(weight.unique()) <= 8
 
 
+def test_transposed_convolutions_get_a_table_without_scales(tiny_context: Make) -> None:
+    net = nn.ConvTranspose2d(6, 10, 3)
+    kmeans(net, Kmeans(clusters=8, scope="channel"), tiny_context(networks.tiny_cnn()))
+    assert len(net.weight.unique()) <= 8
+
+
+def test_a_computed_weight_is_left_with_the_reason(tiny_context: Make) -> None:
+    net = nn.Sequential(nn.utils.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 16))
+    context = tiny_context(networks.tiny_cnn())
+    kmeans(net, Kmeans(clusters=4), context)
+    assert context.facts["left"] == {"0": "it has no float weights of its own"}
+
+
+def test_pruning_after_sharing_keeps_both(tiny_context: Make) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    kmeans(net, Kmeans(clusters=8), context)
+    gradual(net, Gradual(sparsity=0.6, epochs=2, every=1), context)
+    for weight in kernels(net).values():
+        assert (weight == 0).double().mean() >= 0.55
+        assert len(weight.unique()) <= 8 + 1
+
+
 def test_training_afterwards_moves_the_values_only(tiny_context: Make) -> None:
     net = networks.tiny_cnn()
     context = tiny_context(net)
@@ -111,8 +135,8 @@ def test_layers_without_enough_weights_are_named(tiny_context: Make) -> None:
     [
         ({"clusters": 1}, "clusters must be 2 to 256, got 1; use 2"),
         ({"clusters": 300}, "clusters must be 2 to 256, got 300; use 256"),
-        ({"size": 0.3}, r"size must be in \(0, 0.25\], got 0.3"),
-        ({"size": 0.0}, r"size must be in \(0, 0.25\], got 0.0"),
+        ({"size": 0.3}, r"size must be from 1/32 \(one bit for each weight\) to 0.25, got 0.3"),
+        ({"size": 0.03}, r"size must be from 1/32 \(one bit for each weight\) to 0.25, got 0.03"),
         ({"size": 0.1, "scope": "network"}, "size chooses a table for each layer"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
     ],
@@ -132,8 +156,6 @@ def test_what_cannot_be_shared_is_refused(tiny_context: Make) -> None:
     empty = Data()
     with pytest.raises(DataError, match="kmeans: size needs calibration data"):
         kmeans(net, Kmeans(size=0.1), tiny_context(net, data=empty))
-    with pytest.raises(UnfitError, match=r"one bit for each weight takes 0\.03125"):
-        kmeans(net, Kmeans(size=0.01), tiny_context(net))
     with pytest.raises(UnfitError, match="ReLU has no layer whose weights could be shared"):
         kmeans(nn.ReLU(), Kmeans(), tiny_context(net))
     for name, tensor in net.state_dict().items():

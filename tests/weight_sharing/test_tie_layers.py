@@ -83,6 +83,23 @@ def test_a_file_that_ties_to_nothing_is_refused(tiny_context: Make, tmp_path: Pa
         edits.replay(tmp_path, original)
 
 
+def test_a_tie_inside_of_blocks_stays(tiny_context: Make) -> None:
+    net: Any = networks.deep_perceptron(2, trained=False)
+    for block in net.blocks:
+        block.add_module("again", nn.Linear(64, 64))
+        block.again.weight = block.linear.weight
+    tie_layers(net, TieLayers(), tiny_context(net))
+    weights = {id(w) for b in net.blocks for w in (b.linear.weight, b.again.weight)}
+    assert len(weights) == 1
+
+
+def test_blocks_that_are_tied_already_are_said_to_be(tiny_context: Make) -> None:
+    net = networks.deep_perceptron(trained=False)
+    tie_layers(net, TieLayers(), tiny_context(net))
+    with pytest.raises(UnfitError, match="use the same matrices already"):
+        tie_layers(net, TieLayers(), tiny_context(net))
+
+
 def test_bad_input_is_refused(tiny_context: Make) -> None:
     with pytest.raises(ValueError, match="share must be 0 or at least 2, got 1"):
         TieLayers(share=1)

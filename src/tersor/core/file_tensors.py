@@ -36,6 +36,20 @@ _SAFETENSORS_WIDTHS = {
 }
 
 
+_UNEXPECTED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    ElementTree.ParseError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""What reading a file that is not what its name says ends in."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """A tensor in a file."""
@@ -69,7 +83,7 @@ def spans(file: Path, data: bytes) -> list[Span]:
             found = list(kinds[file.suffix](memoryview(data)))
         else:
             found = []
-    except (ValueError, KeyError, IndexError, struct.error, zipfile.BadZipFile):
+    except _UNEXPECTED:
         return []
     return list(_apart(found, len(data)))
 

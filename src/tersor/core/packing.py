@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from tersor.core.files import why
 SUFFIX = ".packed"
 _MAGIC = b"tersorP1"
 _DIGEST = 32
-_WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_WIDTHS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 _PIECE = 1 << 20
 """Elements of a tensor that are written together."""
 _LONGEST_NAME = 255
@@ -73,6 +73,8 @@ def pack(files: Sequence[Path], place: Path) -> Path:
     """
     body = bytearray(_number(len(files)))
     for file in files:
+        if not _is_name(file.name):
+            raise ArtifactError(f"{file.name!r} cannot be the name of a packed file")
         data = file.read_bytes()
         ways = [spans(file, data)]
         if len(data) <= _WHOLE:
@@ -87,7 +89,10 @@ def pack(files: Sequence[Path], place: Path) -> Path:
                     raise ArtifactError(f"{file.name!r} does not come back from {place.name!r}")
         for file in files:
             file.unlink()
-    except OSError as error:
+    except (OSError, ArtifactError) as error:
+        place.unlink(missing_ok=True)
+        if isinstance(error, ArtifactError):
+            raise
         raise ArtifactError(f"cannot write {place.name!r}: {why(error)}") from error
     return place
 
@@ -120,7 +125,10 @@ def unpacked(file: Path) -> Iterator[Path]:
         yield file
         return
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
-        yield unpack(file, Path(folder))[0]
+        first = unpack(file, Path(folder))[0]
+        if is_packed(first):
+            raise ArtifactError(f"{file.name!r} holds a packed file, which is never written")
+        yield first
 
 
 class DamagedError(Exception):
@@ -190,25 +198,30 @@ def _read_file(reader: "_Reader", folder: Path, taken: set[str]) -> Path:
         name = bytes(reader.take(reader.number(_LONGEST_NAME))).decode()
     except UnicodeDecodeError as error:
         raise DamagedError("a file name is not text") from error
-    if not name or name in taken or name.startswith(".") or any(c in name for c in "/\\\0:"):
+    if not _is_name(name) or name in taken:
         raise DamagedError(f"{name!r} is not the name of a file")
     size = reader.number(1 << 50)
-    skeleton = memoryview(_read_stream(reader))
-    place, used, written = folder / name, 0, 0
     if size > shutil.disk_usage(folder).free:
         raise DamagedError(f"{name!r} would take {size} bytes, more than the disk has free")
+    skeleton = _Stream(reader, size)
+    place, left = folder / name, size
     with place.open("wb") as out:
         for _ in range(reader.number(len(reader.rest))):
-            before = reader.number(len(skeleton) - used)
-            written += out.write(skeleton[used : used + before])
-            used += before
-            written += out.write(_read_piece(reader))
-            if written > size:
+            left -= skeleton.copy(out, reader.number(skeleton.left))
+            piece = _read_piece(reader)
+            left -= len(piece)
+            if left < skeleton.left:
                 break
-        written += out.write(skeleton[used:])
-    if written != size:
+            out.write(piece)
+        if left == skeleton.left:
+            left -= skeleton.copy(out, skeleton.left)
+    if left:
         raise DamagedError(f"{name!r} has another size than it says")
     return place
+
+
+def _is_name(name: str) -> bool:
+    return bool(name) and not name.startswith(".") and not any(c in name for c in "/\\\0:")
 
 
 # --- tensors -------------------------------------------------------------------------------------
@@ -378,25 +391,68 @@ def _write_stream(body: bytearray, data: bytes, contexts: Sequence[int] = _CONTE
     body += made if packed else data
 
 
-def _read_stream(reader: "_Reader", most: int = 1 << 40) -> bytes:
-    kind, length = reader.byte(), reader.number(most)
-    if kind == _STORED:
-        return bytes(reader.take(length))
-    if kind != _LZMA:
-        raise DamagedError(f"a stream of unknown kind {kind}")
-    raw = reader.take(reader.number(len(reader.rest)))
-    if length > len(raw) * _RATIO:
-        raise DamagedError(f"{length} bytes are claimed to come of {len(raw)}")
-    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(length))
-    try:
-        made = decoder.decompress(raw, max_length=length)
-        if not decoder.eof:  # the end mark may come after the last byte
-            made += decoder.decompress(b"", max_length=1)
-    except (lzma.LZMAError, EOFError) as error:
-        raise DamagedError("a stream cannot be decoded") from error
-    if len(made) != length or not decoder.eof or decoder.unused_data:
-        raise DamagedError("a stream has another length than it says")
-    return made
+def _read_stream(reader: "_Reader", most: int) -> bytes:
+    """Read a stream that is short enough to be held."""
+    stream = _Stream(reader, most)
+    return stream.read(stream.left)
+
+
+class _Stream:
+    """Bytes that are decoded as they are asked for, so that a claim takes no memory."""
+
+    left: int
+    """Bytes that are not read yet."""
+
+    def __init__(self, reader: "_Reader", most: int) -> None:
+        kind, self.left = reader.byte(), reader.number(most)
+        if kind not in (_STORED, _LZMA):
+            raise DamagedError(f"a stream of unknown kind {kind}")
+        count = reader.number(len(reader.rest)) if kind == _LZMA else self.left
+        self._raw = reader.take(count)
+        self._decoder = None
+        if kind == _LZMA:
+            if self.left > count * _RATIO:
+                raise DamagedError(f"{self.left} bytes are claimed to come of {count}")
+            filters = _filters(self.left)
+            self._decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
+
+    def read(self, count: int) -> bytes:
+        """Return the next bytes; after the last ones the stream must be at its end."""
+        made = bytearray()
+        try:
+            while len(made) < count:
+                part = self._next(count - len(made))
+                if not part:
+                    raise DamagedError("a stream has another length than it says")
+                made += part
+            self.left -= count
+            if not self.left and not self._ends():
+                raise DamagedError("a stream has another length than it says")
+        except (lzma.LZMAError, EOFError) as error:
+            raise DamagedError("a stream cannot be decoded") from error
+        return bytes(made)
+
+    def copy(self, out: BinaryIO, count: int) -> int:
+        """Write the next bytes to a file, a part at a time."""
+        for start in range(0, count, _PIECE) or (0,):
+            out.write(self.read(min(count - start, _PIECE)))
+        return count
+
+    def _next(self, most: int) -> bytes:
+        if self._decoder is None:
+            taken, self._raw = self._raw[:most], self._raw[most:]
+            return bytes(taken)
+        if self._decoder.eof:
+            return b""
+        given, self._raw = self._raw, memoryview(b"")  # the decoder keeps what it does not need yet
+        return self._decoder.decompress(given, max_length=most)
+
+    def _ends(self) -> bool:
+        """Tell whether nothing is left; the end mark may come after the last byte."""
+        if self._decoder is None:
+            return True
+        extra = b"" if self._decoder.eof else self._next(1)
+        return self._decoder.eof and not extra and not self._decoder.unused_data
 
 
 def _number(value: int) -> bytes:

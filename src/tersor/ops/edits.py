@@ -206,7 +206,7 @@ def replay(folder: Path, original: nn.Module | None) -> nn.Module:
 def _notes(plain: Mapping[str, Any]) -> dict[str, str | bool]:
     """Return the notes that were stored; of older files, the precision."""
     found = plain.get("notes", {"precision": plain.get("precision")})
-    if not isinstance(found, dict) or set(found) - {"precision", "packed"}:
+    if not isinstance(found, dict) or set(found) - {"precision", "packed", "shared"}:
         raise ArtifactError(f"unknown notes on a network: {found!r}")
     return {key: value for key, value in found.items() if isinstance(value, str | bool)}
 

@@ -1,12 +1,13 @@
 """Choose one setting for each layer: the least loss that budgets allow, exactly."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import DependencyError
+from tersor.core.errors import DependencyError, StepError
 
 Losses = Mapping[str, Mapping[int, float]]
 """Layer -> setting, such as bits -> loss."""
@@ -28,10 +29,11 @@ def solve(losses: Losses, *budgets: Budget) -> dict[str, int]:
 
     Raises:
         DependencyError: scipy is not installed.
+        StepError: a loss is not finite.
     """
     optimize = solver()
     names = list(losses)
-    pairs = [(name, bits) for name in names for bits in losses[name]]
+    pairs = [(name, bits) for name in names for bits in _useful(losses[name], name, budgets)]
     cost = np.array([losses[name][bits] for name, bits in pairs])
     one_each = np.array([[float(name == own) for own, _ in pairs] for name in names])
     limits = [optimize.LinearConstraint(one_each, 1, 1)]
@@ -48,6 +50,21 @@ def solve(losses: Losses, *budgets: Budget) -> dict[str, int]:
     )
     assert made.success, made.message
     return {name: bits for (name, bits), taken in zip(pairs, made.x, strict=True) if taken > 0.5}
+
+
+def _useful(own: Mapping[int, float], name: str, budgets: Sequence[Budget]) -> list[int]:
+    """Return the settings of a layer that no smaller one is as good and as cheap as."""
+    kept: list[int] = []
+    for setting in sorted(own):
+        if not math.isfinite(own[setting]):
+            raise StepError(f"layer {name!r}: its loss is {own[setting]}; look for NaN in the data")
+        if not any(
+            own[k] <= own[setting]
+            and all(b.costs[name][k] <= b.costs[name][setting] for b in budgets)
+            for k in kept
+        ):
+            kept.append(setting)
+    return kept
 
 
 def solver() -> Any:

@@ -1,6 +1,7 @@
 """Notes on a network: what a step asks of its export, or of the runtime, rather than of a layer.
 
-`precision` ("bf16", "fp16") is what the runtime is to compute in; `packed` has the files packed.
+`precision` ("bf16", "fp16") is what the runtime is to compute in; `packed` has the files packed;
+`shared` has training keep the values that weights share.
 Copies of a captured graph drop plain attributes, so notes are also kept where they look for such.
 """
 

@@ -1,9 +1,9 @@
 """Sharing: weights that take few values, found by those values and kept so through training.
 
-The values are the sharing, as zeros are the mask: a weight is shared when its elements take few
-values, or its rows are multiples of rows that do. Every training goes through `holding`: gradients
-are projected onto what keeps the sharing, and so are the weights at the end. An element that is
-exactly zero stays zero.
+`kmeans` notes on the network that weights share. From then on a weight is shared when its elements
+take few values, or its rows are multiples of rows that do. Every training goes through `holding`:
+gradients are projected onto what keeps the sharing, and so are the weights at the end. An element
+that is exactly zero stays zero, one that training prunes becomes so.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from tersor.core.context import Fit
 from tersor.core.errors import StepError
 from tersor.ops import masks
+from tersor.ops.notes import notes_of
 
 MOST = 256
-"""Values of a shared weight."""
-_FEWEST = 4
+"""Values of a shared weight, beside zero."""
+FEWEST = 4
 """Elements of a shared weight for each of its values, at least."""
 _SAMPLE = 4096
-_SAME = 1e-4
-"""Difference of two values, as a share of their row's largest, that rounding explains."""
+_ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Difference, as a share of a value, that a product's rounding explains; by type of the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +47,18 @@ class Shared:
     def project(self, weight: Tensor) -> Tensor:
         """Return the nearest weight that shares as this one does: least squares for each value.
 
-        Elements whose value is exactly zero stay zero, and with scales those at the ends, -1 and 1.
+        Values that are exactly zero stay so, and with scales those at the ends, -1 and 1. Elements
+        that are zero now, since they were pruned meanwhile, stay zero, too.
         """
         given = weight.detach().double().cpu()
         ones = torch.ones_like(given) if self.scale is None else self.scale.expand_as(given)
+        ones = ones.masked_fill(given == 0, 0.0)
         flat = self.codes.flatten()
         sums = torch.zeros_like(self.book).index_add_(0, flat, (given * ones).flatten())
         squares = torch.zeros_like(self.book).index_add_(0, flat, ones.square().flatten())
-        book = torch.where(self.fixed(), self.book, sums / squares.clamp_min(1e-30))
-        made = Shared(codes=self.codes, book=book, scale=self.scale)
-        return made.values(weight.dtype).to(weight.device)
+        book = torch.where(self.fixed() | (squares == 0), self.book, sums / squares)
+        made = Shared(codes=self.codes, book=book, scale=self.scale).values(weight.dtype)
+        return made.masked_fill(given == 0, 0.0).to(weight.device)
 
     def fixed(self) -> Tensor:
         """Tell which values do not move: zero, and with scales the ends."""
@@ -66,51 +69,60 @@ class Shared:
 def find(weight: Tensor) -> Shared | None:
     """Find out how a weight shares values; None: it does not.
 
+    What is found reproduces the weight but for rounding.
+
     Args:
         weight: At least two dimensions; rows are its first.
     """
     given = weight.detach().double().cpu()
-    if given.dim() < 2 or given.numel() < 2 * _FEWEST or not bool(torch.isfinite(given).all()):
+    if given.dim() < 2 or given.numel() < 2 * FEWEST or not bool(torch.isfinite(given).all()):
         return None
     plain = _table(given, given.flatten()[:_SAMPLE], 0.0)
-    if plain is not None and len(plain[1]) <= len(given):
-        return Shared(codes=plain[0], book=plain[1])
+    if plain is not None and len(plain.book) <= len(given):
+        return plain
     scale = given.flatten(1).abs().amax(1).view(-1, *[1] * (given.dim() - 1))
     ratios = given / torch.where(scale > 0, scale, 1.0)
-    table = _table(ratios, ratios[: 1 + _SAMPLE // given[0].numel()].flatten(), _SAME)
-    if table is not None and (plain is None or len(table[1]) + len(given) < len(plain[1])):
-        return Shared(codes=table[0], book=table[1], scale=scale)
-    return None if plain is None else Shared(codes=plain[0], book=plain[1])
+    few = ratios[: 1 + _SAMPLE // given[0].numel()].flatten()[:_SAMPLE]
+    same = _ROUNDING.get(weight.dtype, 0.0)
+    scaled = _table(ratios, few, same)
+    if scaled is None or (plain is not None and len(plain.book) <= len(scaled.book) + len(given)):
+        return plain
+    made = Shared(codes=scaled.codes, book=scaled.book, scale=scale)
+    error = (made.values(torch.float64) - given).abs()
+    return made if bool((error <= 2 * same * given.abs()).all()) else plain
 
 
-def _table(values: Tensor, sample: Tensor, same: float) -> tuple[Tensor, Tensor] | None:
-    """Return the index of each value in a table, and the table; None where it is no short one."""
-    if _distinct(sample, same)[1] > MOST:
+def _table(values: Tensor, sample: Tensor, same: float) -> Shared | None:
+    """Return values as those of a short table, neighbors nearer than `same` as one, if there is."""
+    if int(_steps(torch.unique(sample), same).sum()) > MOST:
         return None
     kinds, inverse = torch.unique(values, return_inverse=True)
-    steps, count = _distinct(kinds, same)
-    if count > min(MOST, values.numel() // _FEWEST) or count < 2:
+    group = torch.cumsum(_steps(kinds, same), 0)
+    count = int(group[-1]) + 1
+    others = count - int((kinds == 0).any())
+    if not 1 <= others <= min(MOST, max(values.numel() // FEWEST, 2)):
         return None
-    group = torch.cumsum(steps, 0) if len(kinds) > 1 else torch.zeros(len(kinds))
-    group = group.long()
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, group, kinds)
     book = sums / torch.bincount(group, minlength=count)
     if same:
-        book = torch.where(book.abs() < same, 0.0, book)
         book = torch.where((book.abs() - 1).abs() < same, book.sign(), book)
-    return group[inverse], book
+    return Shared(codes=group[inverse], book=book)
 
 
-def _distinct(values: Tensor, same: float) -> tuple[Tensor, int]:
-    """Return where sorted distinct values step up by more than `same`, and how many there are."""
-    kinds = torch.unique(values)
-    steps = torch.cat([torch.zeros(1), (kinds.diff() > same).double()])
-    return steps, int(steps.sum()) + 1
+def _steps(kinds: Tensor, same: float) -> Tensor:
+    """Return 1 where a sorted distinct value is more than rounding from the one before, else 0."""
+    near = same * torch.maximum(kinds[1:].abs(), kinds[:-1].abs())
+    return torch.cat([torch.zeros(1, dtype=torch.int64), (kinds.diff() > near).long()])
 
 
 def shared_weights(net: nn.Module) -> dict[str, Shared]:
-    """Find the trained weights of a network that share values, by parameter name."""
-    found = {}
+    """Find the trained weights of a network that share values, by parameter name.
+
+    A network without the note of `kmeans` has none.
+    """
+    found: dict[str, Shared] = {}
+    if not notes_of(net).get("shared"):
+        return found
     for name, parameter in net.named_parameters():
         if parameter.requires_grad and parameter.dim() > 1 and parameter.is_floating_point():
             shared = find(parameter)
@@ -150,8 +162,10 @@ def holding(fit: Fit) -> Fit:
             if after is not None:
                 after(done, total)
 
+        if scaled:
+            settings["on_step"] = on_step
         with _averaged_gradients(net, shared):
-            trained = fit(net, *args, **{**settings, "on_step": on_step if scaled else after})
+            trained = fit(net, *args, **settings)
         missing = [name for name in shared if name not in dict(trained.named_parameters())]
         if missing:
             raise StepError(f"the trainer returned a network without {missing[0]!r}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import ModelError
+from tersor.core.packing import is_packed
 from tersor.sources import _safetensors
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -51,6 +52,10 @@ def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...
         raise ModelError(
             f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when "
             f"loaded, and are not read; {_CONVERT}"
+        )
+    if is_packed(file):
+        raise ModelError(
+            f"weights {str(file)!r} are a packed file; give the artifact that it is in"
         )
     _safetensors.check(file)
     from safetensors.torch import load_file

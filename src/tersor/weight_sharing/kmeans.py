@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tersor.core.context import Context
 from tersor.core.errors import DataError, ModelError, StepError, UnfitError
@@ -17,14 +17,14 @@ from tersor.core.technique import technique
 from tersor.ops.capture import capture
 from tersor.ops.codebooks import Init, nearest
 from tersor.ops.codebooks import kmeans as choose
-from tersor.ops.knapsack import Budget, solve
+from tersor.ops.knapsack import Budget, solve, solver
 from tersor.ops.modules import check_patterns
+from tersor.ops.notes import note
+from tersor.ops.sharing import FEWEST
 from tersor.ops.twin import gather
 from tersor.ops.variants import losses_of
 
 _LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.RNNBase)
-_EACH = 4
-"""Weights for each value, at least: of fewer, a table saves nothing."""
 _FLOAT_BITS = 32
 
 
@@ -35,13 +35,13 @@ class Kmeans:
     clusters: int = 16
     """Values of a table, 2 to 256. Weights that were pruned stay zero, which comes in addition."""
     size: float | None = None
-    """Share of float32 that the codes may take together, in (0, 0.25]: 2 to 256 values for each
-    layer, fewer where the outputs lose least by it. In place of `clusters`; needs calibration data.
-    """
+    """Share of float32 that the codes may take together, from 1/32 to 0.25: 2 to 256 values for
+    each layer, fewer where the outputs lose least by it. In place of `clusters`; needs calibration
+    data."""
     scope: Literal["layer", "channel", "network"] = "layer"
     """Who shares a table: each layer has its own; the same, times a scale for each output channel;
-    or one for the whole network. channel is for int8 afterwards: then a layer's codes are few, too.
-    """
+    or one for the whole network, which training afterwards splits by layers. channel is for int8
+    afterwards: then a layer's codes are few, too."""
     init: Init = "linear"
     """How k-means begins: linear keeps the large weights best, density the many small ones."""
     samples: int = 256
@@ -53,8 +53,10 @@ class Kmeans:
         if not 2 <= self.clusters <= 256:
             near = min(max(self.clusters, 2), 256)
             raise ValueError(f"clusters must be 2 to 256, got {self.clusters}; use {near}")
-        if self.size is not None and not 0 < self.size <= 0.25:
-            raise ValueError(f"size must be in (0, 0.25], got {self.size}")
+        if self.size is not None and not 1 / _FLOAT_BITS <= self.size <= 0.25:
+            raise ValueError(
+                f"size must be from 1/32 (one bit for each weight) to 0.25, got {self.size}"
+            )
         if self.size is not None and self.scope == "network":
             raise ValueError("size chooses a table for each layer; scope network has only one")
         if self.samples < 1:
@@ -80,11 +82,12 @@ def kmeans(net: nn.Module, config: Kmeans, context: Context) -> nn.Module:
         DependencyError: `size` without scipy.
         RecipeError: a pattern matches no layer.
         StepError: all layers are excluded.
-        UnfitError: no layer has enough float weights, or `size` cannot be reached.
+        UnfitError: no layer has enough float weights.
 
     Source:
         Han et al., arXiv:1510.00149, section 3. scope channel: tables of weights that are divided
-        by the largest of their output channel, whose ends stay at -1 and 1.
+        by the largest of their output channel, whose ends stay at -1 and 1; transposed
+        convolutions, whose rows are input channels, get a table without scales.
     """
     net.eval()
     chosen, left = _chosen(net, config)
@@ -103,6 +106,7 @@ def kmeans(net: nn.Module, config: Kmeans, context: Context) -> nn.Module:
         after = _flat(layer)
         errors[name] = float(((after - before) ** 2).sum() / max(float((before**2).sum()), 1e-30))
         counts[name] = values
+    note(net, shared=True)
     context.record(
         layers=len(chosen), clusters=clusters, values=counts, relative_errors=errors, left=left
     )
@@ -116,15 +120,16 @@ def _chosen(net: nn.Module, config: Kmeans) -> tuple[dict[str, nn.Module], dict[
     left: dict[str, str] = {}
     seen: set[int] = set()
     for name, layer in known.items():
-        own = list(_weights(layer).values())
+        named = _weights(layer)
+        own = list(named.values())
         reason = None
         if not config.layers.holds(name):
             reason = "excluded by layers"
-        elif not own:
+        elif not own or (hasattr(layer, "weight") and "weight" not in named):
             reason = "it has no float weights of its own"
         elif all(id(p) in seen for p in own):
             reason = "its weight is another layer's, which is shared already"
-        elif all(p.numel() < 2 * _EACH for p in own):
+        elif all(p.numel() < 2 * FEWEST for p in own):
             reason = f"only {own[0].numel()} weights"
         if reason is None:
             chosen[name] = layer
@@ -160,12 +165,13 @@ def _share(
     """Give a layer's weights few values; return how many at most, zeros aside."""
     most = 0
     for parameter in _weights(layer).values():
-        values, scale = _scaled(parameter, config)
+        scaled = config.scope == "channel" and not isinstance(layer, _ConvTransposeNd)
+        values, scale = _scaled(parameter, scaled)
         kept = values != 0
-        ends = (-1.0, 1.0) if config.scope == "channel" else None
+        ends = (-1.0, 1.0) if scaled else None
         table = book
         if table is None:
-            few = max(min(clusters, parameter.numel() // _EACH), 2)
+            few = max(min(clusters, parameter.numel() // FEWEST), 2)
             table = choose(values[kept], few, init=config.init, ends=ends, seed=seed)
         if not len(table):
             continue  # nothing but zeros
@@ -177,11 +183,11 @@ def _share(
     return most
 
 
-def _scaled(parameter: Tensor, config: Kmeans) -> tuple[np.ndarray, Tensor]:
+def _scaled(parameter: Tensor, scaled: bool) -> tuple[np.ndarray, Tensor]:
     """Return the weights as an array (O, I), and what each row was divided by."""
     rows = parameter.detach().double().flatten(1)
     scale = torch.ones(len(rows), 1, dtype=torch.float64)
-    if config.scope == "channel":
+    if scaled:
         largest = rows.abs().amax(1, keepdim=True)
         scale = torch.where(largest > 0, largest, scale)
     return (rows / scale).numpy(), scale
@@ -199,6 +205,7 @@ def _by_sensitivity(
     assert config.size is not None
     if context.data.calibration is None:
         raise DataError("kmeans: size needs calibration data; give it, or set clusters")
+    solver()  # before minutes of work
     captured = capture(net, context.inputs)
     assert isinstance(captured, fx.GraphModule)
     batch = gather(captured, context.data.calibration, context.inputs, config.samples)
@@ -211,11 +218,5 @@ def _by_sensitivity(
             _share(variants[name][bits], 2**bits, config, context.seed)
     found = losses_of(captured, variants, batch, track=context.track)
     total = _FLOAT_BITS * sum(counts.values())
-    if sum(counts.values()) > config.size * total:
-        raise UnfitError(
-            f"size {config.size:g} cannot be reached: one bit for each weight takes "
-            f"{1 / _FLOAT_BITS:.4g} of float32",
-            too_strong=True,
-        )
     costs = {n: {b: counts[n] * b / total for b in range(1, 9)} for n in chosen}
     return solve(found, Budget(costs=costs, most=config.size)), found

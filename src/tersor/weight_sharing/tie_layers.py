@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from tersor.core.technique import technique
 from tersor.ops.modules import check_patterns
 
 _FEWEST = 2
-"""Blocks that can be tied."""
+"""Blocks that can be tied; dimensions of what is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def tie_layers(net: nn.Module, config: TieLayers, context: Context) -> nn.Module
     Raises:
         RecipeError: a pattern matches no block.
         StepError: all blocks are excluded.
-        UnfitError: no two blocks are alike.
+        UnfitError: no two blocks are alike, or they are tied already.
 
     Source:
         Lan et al., ALBERT, arXiv:1909.11942, section 3.1; groups of neighbors as in Takase and
@@ -69,6 +69,9 @@ def tie_layers(net: nn.Module, config: TieLayers, context: Context) -> nn.Module
     if not groups:
         raise StepError(f"layers excludes everything that could be tied: {', '.join(names)}")
     before = sum(p.numel() for p in net.parameters())
+    groups = [group for group in groups if _free([block for _, block in group])]
+    if not groups:
+        raise UnfitError("the blocks of this network use the same matrices already")
     for group in groups:
         _tie([block for _, block in group], config.start)
     context.record(
@@ -97,8 +100,20 @@ def _runs(net: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
                 run.append((f"{name}.{key}" if name else key, block))
 
 
-def _shape(block: nn.Module) -> tuple[type[nn.Module], list[tuple[str, tuple[int, ...]]]]:
-    return type(block), [(name, tuple(p.shape)) for name, p in block.named_parameters()]
+def _shape(block: nn.Module) -> tuple[Any, ...]:
+    """Return what blocks must have in common: class, parameters, and which of these are one."""
+    own = list(block.named_parameters(remove_duplicate=False))
+    first: dict[int, int] = {}
+    return type(block), [
+        (name, tuple(p.shape), p.dtype, first.setdefault(id(p), i))
+        for i, (name, p) in enumerate(own)
+    ]
+
+
+def _free(blocks: list[nn.Module]) -> bool:
+    """Tell whether blocks have matrices of their own."""
+    first, *others = ({id(p) for p in b.parameters() if p.dim() > 1} for b in blocks)
+    return any(other != first for other in others)
 
 
 def _grouped(
@@ -113,13 +128,17 @@ def _grouped(
 
 
 def _tie(blocks: list[nn.Module], start: str) -> None:
-    own = [dict(block.named_parameters()) for block in blocks]
+    own = [dict(block.named_parameters(remove_duplicate=False)) for block in blocks]
+    means = {}
+    for name, first in own[0].items():
+        if start == "mean" and first.dim() >= _FEWEST:
+            means[name] = torch.stack([each[name].detach() for each in own]).mean(0)
     for name, first in own[0].items():
         if first.dim() < _FEWEST:
             continue
         if start == "mean":
             with torch.no_grad():
-                first.copy_(torch.stack([each[name] for each in own]).mean(0))
+                first.copy_(means[name])
         owner, _, leaf = name.rpartition(".")
         for block in blocks[1:]:
             block.get_submodule(owner).register_parameter(leaf, first)
