@@ -60,7 +60,7 @@ def test_a_residual_network(runtime: str) -> None:
 
 
 def test_a_transformer_on_both_runtimes() -> None:
-    one, other = (rows(networks.tiny_transformer(trained=False), r) for r in RUNTIMES)
+    one, other = (rows(networks.tiny_transformer(), r) for r in RUNTIMES)
     for found in (one, other):
         assert (found["attention"].found, found["layer norm"].found) == (1, 2)
         assert found["linear + bias"].found == 6

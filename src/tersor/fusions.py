@@ -201,8 +201,8 @@ def _rows(
         if kind in _RECURRENT and own["left"]:
             # their names are lost where a runtime builds them anew; they are never taken apart
             whole = sum(operator.kind in _RECURRENT[kind] for operator in ran)
-            own["fused"] = min(own.total(), whole)
-            own["left"] = own.total() - own["fused"] - own["partly"] if whole else own["left"]
+            named = min(own["left"], max(whole - own["fused"], 0))
+            own.update({"fused": named, "left": -named})
     rows = []
     if batch_norms:
         still = sum(own.total() for kind, own in counts.items() if "batch norm" in kind)

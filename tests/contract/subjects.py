@@ -10,12 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from tersor.core import plugins
 from tersor.core.context import Context, Data
-from tersor.core.errors import DataError, TargetError, UnfitError
+from tersor.core.errors import DataError, DependencyError, TargetError, UnfitError
 from tersor.core.runtime import Target
 from tersor.core.technique import Technique
 from tersor.ops.fake_quantize import settle
@@ -157,6 +158,8 @@ def applied(name: str) -> Applied:
             return apply(name, kind)
         except UnfitError:
             continue
+        except DependencyError as error:
+            pytest.skip(str(error))
     return apply(name, "cnn", after="static")
 
 

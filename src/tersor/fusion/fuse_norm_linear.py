@@ -63,7 +63,9 @@ def fuse_norm_linear(net: nn.Module, config: FuseNormLinear, context: Context) -
     captured = capture(net.eval(), context.inputs)
     wanted = outputs_of(captured, context.inputs)
     rewritten = bool(split_attention(captured, context.inputs))
-    folded, reasons = [], {}
+    folded: list[str] = []
+    gone: list[str] = []
+    reasons: dict[str, str] = {}
     modules, counted = dict(captured.named_modules()), readers(captured)
     found = _affines(captured, modules)
     check_patterns(config.layers, [each.name for each in found])
@@ -79,14 +81,16 @@ def fuse_norm_linear(net: nn.Module, config: FuseNormLinear, context: Context) -
         if each.inner is not None:
             each.node.replace_all_uses_with(each.inner)
             captured.graph.erase_node(each.node)
-            owner, _, leaf = each.name.rpartition(".")
-            delattr(captured.get_submodule(owner), leaf)
             rewritten = True
+            gone.append(each.name)
     if not folded:
         told = [f"{name}: {why}" for name, why in reversed(reasons.items())]
         why = "; ".join(told[:_TOLD]) or "the network has no layer norm or RMS norm with a scale"
         raise UnfitError(f"fuse_norm_linear: no norm can be folded ({why})")
-    drop_dead(captured)  # with what read the scales that are gone
+    drop_dead(captured)
+    for name in gone:
+        owner, _, leaf = name.rpartition(".")
+        delattr(captured.get_submodule(owner), leaf)
     captured.recompile()
     annotate(captured, context.inputs)
     made = captured if rewritten else net

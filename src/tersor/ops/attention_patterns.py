@@ -119,8 +119,10 @@ def _written(softmax: fx.Node, modules: Mapping[str, nn.Module]) -> Written | st
     ranks = {len(n.meta.get("shape") or ()) for n in (query, key, value)}
     if ranks not in ({3}, {4}):
         return "queries, keys and values do not have three or four dimensions"
-    if query.meta["shape"][:-2] != key.meta["shape"][:-2]:
-        return "queries and keys do not have the same heads"
+    if len({_shape(n)[:-2] for n in (query, key, value)}) != 1:
+        return "queries, keys and values do not have the same heads"
+    if mask is not None and mask[0] == "add" and mask[1].meta["dtype"] != query.meta["dtype"]:
+        return "its mask has another number format than its queries"
     return Written(query=query, key=key, value=value, scale=scale, mask=mask, output=output)
 
 
@@ -181,8 +183,11 @@ def _mask(node: Any, kind: str) -> tuple[tuple[str, fx.Node, Any] | None, fx.Nod
 
 
 def _very_low(value: Any) -> bool:
-    """Tell whether adding to it changes nothing: then filling in and adding are the same."""
-    return isinstance(value, (int, float)) and value <= -1e4
+    """Tell whether a number swallows scores added to it: then filling in and adding are the same.
+
+    Numbers of float32 near 1e9 are 64 apart.
+    """
+    return isinstance(value, (int, float)) and value <= -1e9
 
 
 def write_as_sdpa(captured: fx.GraphModule, written: Written) -> fx.Node:
