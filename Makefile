@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := torch,onnx,onnxruntime,openvino,solver,digits,images,dev,docs
+EXTRAS := torch,onnx,onnxruntime,openvino,simplify,solver,digits,images,dev,docs
 OUT ?= out/demo
 SHARED := $(or $(TERSOR_SHARED),../shared)
 
