@@ -65,6 +65,9 @@ Teacher = Annotated[
 TeacherWeights = Annotated[
     Path | None, option("--teacher-weights", "FILE", "a .safetensors file for the teacher")
 ]
+Fusion = Annotated[
+    bool, option("--fusion", None, "what the runtime fuses by itself, and what steps add")
+]
 Resume = Annotated[bool, option("--resume", None, "go on with a run that was interrupted")]
 Json = Annotated[bool, option("--json", None, "one JSON document on stdout")]
 Debug = Annotated[bool, option("--debug", None, "show the traceback of an error")]

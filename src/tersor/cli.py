@@ -11,6 +11,7 @@ from tersor._cli_options import (
     Batch,
     Data,
     Debug,
+    Fusion,
     Json,
     Model,
     Partial,
@@ -275,9 +276,7 @@ def explain(
     ] = None,
     batch: Batch = 1,
     threads: Threads = None,
-    fusion: Annotated[
-        bool, typer.Option("--fusion", help="what the runtime fuses by itself, and what steps add")
-    ] = False,
+    fusion: Fusion = False,
     budget: Annotated[
         float, option("--budget", "SECONDS", "longest contest", min=0.1, show_default=True)
     ] = 6.0,
