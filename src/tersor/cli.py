@@ -271,8 +271,7 @@ def explain(
     data: Data = None,
     target: Target = None,
     technique: Annotated[
-        str | None,
-        option("--technique", "static|dynamic", "dynamic if there are recurrent layers"),
+        str | None, option("--technique", "static|dynamic", "dynamic if layers are recurrent")
     ] = None,
     batch: Batch = 1,
     threads: Threads = None,
