@@ -52,7 +52,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 ifeq ($(wildcard $(SHARED)/workloads),)
-	@echo 'skipped aa.py, agreement.py, explain_int8.py, mixed_precision.py, oneshot.py, pruning_coverage.py, pruning_peers.py, quantization_peers.py, repair.py, sparse.py and unstructured.py: they need the shared data (set TERSOR_SHARED)'
+	@echo 'skipped aa.py, agreement.py, clustered_int8.py, decomposition.py, deep_compression.py, distillation.py, explain_int8.py, fusion.py, mixed_precision.py, oneshot.py, pruning_coverage.py, pruning_peers.py, quantization_peers.py, repair.py, sparse.py and unstructured.py: they need the shared data (set TERSOR_SHARED)'
 else
 	$(BIN)/python benchmarks/aa.py $(SHARED)/workloads/cifar.py:resnet20 --data $(SHARED)/workloads/cifar.py:data
 	$(BIN)/python benchmarks/quantization_peers.py
@@ -65,6 +65,11 @@ else
 	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/pruning_coverage.py
 	$(BIN)/python benchmarks/pruning_peers.py
+	$(BIN)/python benchmarks/deep_compression.py
+	$(BIN)/python benchmarks/clustered_int8.py
+	$(BIN)/python benchmarks/distillation.py
+	$(BIN)/python benchmarks/decomposition.py
+	$(BIN)/python benchmarks/fusion.py
 endif
 
 clean:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tersor.core.errors import StepError, UnfitError
 from tersor.core.model import Inputs
 from tersor.ops.features import (
+    Apprentice,
     Point,
     find_pairs,
     find_points,
@@ -17,6 +18,7 @@ from tersor.ops.features import (
     relative_error,
     spread,
 )
+from tersor.ops.notes import note, notes_of
 from tests import networks
 
 
@@ -132,3 +134,9 @@ def test_relative_error() -> None:
     assert relative_error(found, wanted).item() == pytest.approx(total / size, rel=1e-5)
     zero: Tensor = torch.zeros(2, 2)
     assert relative_error(zero, zero).item() == 0
+
+
+def test_an_apprentice_keeps_the_notes_of_its_student() -> None:
+    student = nn.Linear(4, 4)
+    note(student, shared=True)
+    assert notes_of(Apprentice(student, nn.Identity()))["shared"] is True

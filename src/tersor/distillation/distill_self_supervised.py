@@ -133,6 +133,8 @@ class Prototypes(nn.Module):
     """(C, K), each of length 1."""
     center: Tensor
     """(K,)"""
+    project: nn.Module
+    """From the student's channels to the teacher's."""
 
     def __init__(self, student: int, teacher: int, count: int, seed: int) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tersor.core.errors import StepError, UnfitError, suggest
 from tersor.core.model import Inputs
 from tersor.ops.losses import first_output
+from tersor.ops.notes import carry_notes
 
 # N samples, P positions (pixels, tokens), C channels
 
@@ -203,9 +204,13 @@ class Apprentice(nn.Module):
     they are thrown away with it.
     """
 
+    net: nn.Module
+    parts: nn.Module
+
     def __init__(self, net: nn.Module, parts: nn.Module) -> None:
         super().__init__()
         self.net, self.parts = net, parts
+        carry_notes(net, self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer as the student does."""

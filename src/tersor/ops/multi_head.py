@@ -195,6 +195,8 @@ class ProjectedHeads(nn.Module):
     heads: int
     scale: float
     causal: bool
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(
         self, inputs: int, width: int, heads: int, scale: float, causal: bool = False
