@@ -62,7 +62,8 @@ def fuse_norm_linear(net: nn.Module, config: FuseNormLinear, context: Context) -
     """
     captured = capture(net.eval(), context.inputs)
     wanted = outputs_of(captured, context.inputs)
-    rewritten = bool(split_attention(captured, context.inputs))
+    split = split_attention(captured, context.inputs)
+    rewritten = bool(split)
     folded: list[str] = []
     gone: list[str] = []
     reasons: dict[str, str] = {}
@@ -95,7 +96,7 @@ def fuse_norm_linear(net: nn.Module, config: FuseNormLinear, context: Context) -
     annotate(captured, context.inputs)
     made = captured if rewritten else net
     check_same(wanted, made, context.inputs)
-    context.record(folded=folded[::-1], left=reasons)
+    context.record(folded=folded[::-1], left=reasons, attention_split=split)
     return made
 
 
