@@ -151,8 +151,8 @@ def explain(
 
     Raises:
         RecipeError: another technique. ModelError: the network is no module. DataError: no batches.
-        TargetError: the runtime has no profiler, or cannot run the network. UnfitError: no layer
-        can be quantized.
+        TargetError: the runtime has no profiler, or cannot run the network.
+        UnfitError: no layer can be quantized.
     """
     if technique not in (None, *_QUANTIZERS):
         raise RecipeError(
