@@ -22,6 +22,7 @@ from tersor.core.context import Context, Data
 from tersor.core.errors import DataError, ModelError, RecipeError, TargetError, suggest
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs, Model
+from tersor.core.packing import unpacked
 from tersor.core.runtime import Arrays, OperatorTime, Target
 from tersor.core.statistics import Comparison
 from tersor.feeds import arrays_of, timing_inputs
@@ -195,7 +196,11 @@ def explain(
             for candidate in pair:
                 candidate.close()
         repeated = [feeds[i % len(feeds)] for i in range(_RUNS)]
-        before, after = (runtime.profile(c.files[0], c.target, repeated) for c in pair)
+        times = []
+        for each in pair:
+            with unpacked(each.files[0]) as file:
+                times.append(runtime.profile(file, each.target, repeated))
+        before, after = times
     parts = _parts(before, after, work, left)
     return Explanation(
         target=chosen,

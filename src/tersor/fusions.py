@@ -17,6 +17,7 @@ from tersor.core.context import Context, Data
 from tersor.core.errors import DataError, DependencyError, TargetError, UnfitError
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs, Model, may_lower
+from tersor.core.packing import unpacked
 from tersor.core.runtime import Arrays, RanOperator, Target
 from tersor.core.statistics import Comparison
 from tersor.core.technique import Technique
@@ -159,7 +160,8 @@ class _Written:
         written = lower(net, "onnx", inputs)
         patterns, aliases = find_patterns(written), operator_names(written)
         self.candidate: Candidate = export(written, folder, inputs, target, sample)
-        ran = runtime.fused(self.candidate.files[0], self.candidate.target)
+        with unpacked(self.candidate.files[0]) as file:
+            ran = runtime.fused(file, self.candidate.target)
         self.ran = [
             replace(r, covers=tuple(aliases.get(n, n) for n in r.covers)) for r in ran if _works(r)
         ]

@@ -12,8 +12,11 @@ import tersor
 from tersor.candidate import arrays_of, export
 from tersor.core import packing
 from tersor.core.errors import ArtifactError
+from tersor.core.model import Model
 from tersor.core.recipe import Recipe
 from tersor.core.runtime import Target
+from tersor.explainer import explain
+from tersor.fusions import fusions
 from tersor.ops import edits
 from tersor.ops.capture import capture
 from tersor.ops.fold import fold_batch_norms
@@ -112,3 +115,14 @@ def test_later_steps_stay_packed_and_training_can_go_on(packed: tersor.Artifact)
     assert folded
     assert notes_of(captured)["packed"] is True
     assert not notes_of(networks.tiny_cnn())
+
+
+def test_a_packed_network_is_explained() -> None:
+    """Profilers read what is inside of the packed file."""
+    pytest.importorskip("onnxruntime")
+    net = networks.tiny_cnn()
+    pack(net, Pack(), None)  # type: ignore[arg-type]  # it reads no context
+    target = Target(runtime="onnxruntime", options={"threads": 1})
+    model = Model(net=net, form="module", origin="tests")
+    assert explain(model, networks.data(), target=target, budget_s=0.3).parts
+    assert fusions(model, networks.data(), target=target, steps=False).operators
