@@ -231,7 +231,7 @@ def holding(fit: Fit) -> Fit:
 
     def held(net: nn.Module, *args: Any, **settings: Any) -> nn.Module:
         gone = zeros(net)
-        with _without_gradients(net, gone):
+        with changed_gradients(net, {name: _masking(zero) for name, zero in gone.items()}):
             trained = fit(net, *args, **settings)
         weights = dict(trained.named_parameters())
         for name, zero in gone.items():
@@ -249,13 +249,14 @@ def holding(fit: Fit) -> Fit:
 
 
 @contextmanager
-def _without_gradients(net: nn.Module, gone: Mapping[str, Tensor]) -> Iterator[None]:
-    """Zero the gradients of pruned weights, inside."""
+def changed_gradients(
+    net: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Change the gradients of parameters, by name, inside."""
     hooks = []
     for name, parameter in net.named_parameters():
-        if name in gone:
-            hook = _masking(gone[name])
-            hooks.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]  # torch
+        if name in changes:
+            hooks.append(parameter.register_hook(changes[name]))  # type: ignore[no-untyped-call]  # torch
     try:
         yield
     finally:

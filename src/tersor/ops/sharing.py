@@ -6,8 +6,7 @@ gradients are projected onto what keeps the sharing, and so are the weights at t
 that is exactly zero stays zero, one that training prunes becomes so.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +163,8 @@ def holding(fit: Fit) -> Fit:
 
         if scaled:
             settings["on_step"] = on_step
-        with _averaged_gradients(net, shared):
+        averages = {name: _averaging(each) for name, each in shared.items()}
+        with masks.changed_gradients(net, averages):
             trained = fit(net, *args, **settings)
         missing = [name for name in shared if name not in dict(trained.named_parameters())]
         if missing:
@@ -180,20 +180,6 @@ def _project(net: nn.Module, shared: Mapping[str, Shared]) -> None:
     with torch.no_grad():
         for name, each in shared.items():
             parameters[name].copy_(each.project(parameters[name]))
-
-
-@contextmanager
-def _averaged_gradients(net: nn.Module, shared: Mapping[str, Shared]) -> Iterator[None]:
-    hooks = []
-    for name, parameter in net.named_parameters():
-        if name in shared:
-            hook = _averaging(shared[name])
-            hooks.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]  # torch
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _averaging(shared: Shared) -> Callable[[Tensor], Tensor]:
