@@ -66,6 +66,9 @@ def check(config: Settings, **fixed: object) -> None:
             raise ValueError(f"energy must be in (0, 1], got {value}")
         if name != "energy" and value is not None and not 0 < value < 1:
             raise ValueError(f"{name} must be in (0, 1), got {value}")
+    rank = fixed.get("rank")
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
     if config.multiple < 1:
         raise ValueError(f"multiple must be at least 1, got {config.multiple}")
 

@@ -40,8 +40,6 @@ class ActivationSvd:
 
     def __post_init__(self) -> None:
         check(self, rank=self.rank)
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
 

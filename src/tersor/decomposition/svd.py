@@ -38,8 +38,6 @@ class Svd:
 
     def __post_init__(self) -> None:
         check(self, rank=self.rank)
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     def weaker(self) -> "Svd | None":
         """Return settings that change less; None where hardly anything would."""
