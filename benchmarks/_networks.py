@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,21 @@ def workload(file: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     return importlib.import_module(file)
+
+
+def stored(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a report."""
+    if not file.is_file():
+        return []
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return rows
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Write a report; it is whole, or the one before."""
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    aside.replace(file)
 
 
 def ways(batch: dict[str, Any]) -> Any:

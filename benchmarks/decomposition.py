@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _networks import RESULTS, ROOT, SHARED, ways, workload
+from _networks import RESULTS, ROOT, SHARED, stored, ways, workload, write
 
 import tersor
 from tersor.core import plugins
@@ -97,14 +97,6 @@ def longer(row: dict[str, Any], epochs: float | None) -> dict[str, Any]:
     return {**row, "steps": [[cut, {"distill_logits": own}]]}
 
 
-def stored(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a report."""
-    if not file.is_file():
-        return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
-    return rows
-
-
 def store(file: Path, row: dict[str, Any]) -> None:
     """Add a row to a report."""
     rows = {old["row"]: old for old in [*stored(file), row]}
@@ -113,9 +105,7 @@ def store(file: Path, row: dict[str, Any]) -> None:
         "environment": environment(),
         "results": [rows[name] for name in ROWS if name in rows],
     }
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    write(file, result)
 
 
 def measured(row: dict[str, Any], folder: Path) -> dict[str, Any]:

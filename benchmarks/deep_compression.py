@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _networks import RESULTS, workload
+from _networks import RESULTS, stored, workload, write
 
 import tersor
 from tersor.core import packing
@@ -53,14 +53,6 @@ def main() -> int:
     return 0
 
 
-def stored(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a report."""
-    if not file.is_file():
-        return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
-    return rows
-
-
 def store(file: Path, row: dict[str, Any]) -> None:
     """Add a row to a report."""
     rows = [*stored(file), row]
@@ -70,9 +62,7 @@ def store(file: Path, row: dict[str, Any]) -> None:
         "environment": environment(),
         "results": rows,
     }
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    write(file, result)
 
 
 def measured(network: str, way: str, seed: int) -> dict[str, Any]:

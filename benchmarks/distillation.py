@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _networks import RESULTS, context, ways, workload
+from _networks import RESULTS, context, stored, ways, workload, write
 
 from tersor import trainer
 from tersor.core.hardware import environment
@@ -80,14 +80,6 @@ def main() -> int:
 Job = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
-def stored(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a report."""
-    if not file.is_file():
-        return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
-    return rows
-
-
 def store(file: Path, row: dict[str, Any]) -> None:
     """Add a row to a report, with what can be said of all of them together."""
     rows = [*stored(file), row]
@@ -98,9 +90,7 @@ def store(file: Path, row: dict[str, Any]) -> None:
         "distilled_minus_labels": pooled(rows),
         "results": rows,
     }
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    write(file, result)
 
 
 def pooled(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

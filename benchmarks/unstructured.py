@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _networks import RESULTS, context, ways, workload
+from _networks import RESULTS, context, stored, ways, workload, write
 
 from tersor.core.hardware import environment
 from tersor.core.plugins import technique_of
@@ -92,14 +92,6 @@ def main() -> int:
     return 0
 
 
-def stored(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a report."""
-    if not file.is_file():
-        return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
-    return rows
-
-
 def store(file: Path, row: dict[str, Any]) -> None:
     """Add a row to a report, in place of one of the same way and seed."""
     found = {_key(old): old for old in [*stored(file), row]}
@@ -111,9 +103,7 @@ def store(file: Path, row: dict[str, Any]) -> None:
         "environment": environment(),
         "results": rows,
     }
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    write(file, result)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str, int]:
