@@ -56,7 +56,7 @@ ROWS["resnet56-grouped"] = {
     "steps": [
         [
             {"grouped_convolution": {"macs": 0.6, "convert": "all"}},
-            {"distill_logits": {"epochs": EPOCHS["resnet56"]}},
+            {"distill_logits": {"epochs": 1.0}},
         ]
     ],
 }
