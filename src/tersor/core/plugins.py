@@ -9,6 +9,7 @@ same. Names of the package win. Listing imports nothing.
 import ast
 import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, requires
@@ -16,9 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
+from tersor.core import environments, remote
 from tersor.core.errors import DependencyError, RecipeError, TersorError, suggest
 from tersor.core.metric import Metric
-from tersor.core.model import Source
+from tersor.core.model import Inputs, Source
 from tersor.core.runtime import Form, Runtime
 from tersor.core.technique import Technique
 
@@ -74,9 +76,10 @@ def module(kind: str, name: str) -> ModuleType:
 def missing(kind: str, name: str, package: str) -> DependencyError:
     """Build the error that says which package to install for a plugin."""
     package = package.partition(".")[0]
+    apart = kind in ("runtimes", "sources") and name in environments.known()
+    line = f"tersor doctor --create {name}" if apart else install_line(name, package)
     return DependencyError(
-        f"{kind[:-1]} {name!r} needs the package {package!r}. "
-        f"Install it with: {install_line(name, package)}"
+        f"{kind[:-1]} {name!r} needs the package {package!r}. Install it with: {line}"
     )
 
 
@@ -152,10 +155,52 @@ def technique_of(config: Any) -> Technique:
 
 @cache
 def runtime(name: str) -> Runtime:
-    """Load a runtime's description; its packages are not imported."""
+    """Load a runtime's description; its packages are not imported.
+
+    Where its packages are missing but it has an environment of its own, what it does is done there.
+    """
+    found = own_runtime(name)
+    export_too, load_too = (
+        not all(installed(package) for package in packages)
+        for packages in (found.to_export, found.to_run)
+    )
+    python = environments.python(name) if export_too or load_too else None
+    if python is None:
+        return found
+    return remote.driven(
+        name, found, python, hand_over(found.takes), export_too=export_too, load_too=load_too
+    )
+
+
+@cache
+def own_runtime(name: str) -> Runtime:
+    """Load a runtime's description as its file has it, for this process."""
     found = module("runtimes", name).RUNTIME
     assert isinstance(found, Runtime)
     return found
+
+
+def apart(name: str) -> Runtime:
+    """Return a runtime that does all its work in child processes, so that crashes stay there."""
+    found = own_runtime(name)
+    packages = (*found.to_export, *found.to_run)
+    here = all(installed(package) for package in packages)
+    python = None if here else environments.python(name)
+    return remote.driven(name, found, python or sys.executable, hand_over(found.takes))
+
+
+def hand_over(form: Form) -> remote.HandOver:
+    """Return what writes a network of that form for another process."""
+
+    def write(net: Any, folder: Path, inputs: Inputs) -> Path:
+        if form == "onnx":
+            file = folder / "network.onnx"
+            file.write_bytes(net.SerializeToString(deterministic=True))
+            return file
+        writer = own_runtime("torch_export" if form == "exported" else "torch_eager")
+        return writer.export(net, folder, inputs)[0]
+
+    return write
 
 
 @cache

@@ -62,6 +62,18 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Signature:
+    """One input of a network."""
+
+    shape: tuple[int | str, ...]
+    """A word where the size is free; the first one is then the batch."""
+    dtype: str
+    """numpy's name."""
+    usual: tuple[int, ...] | None = None
+    """A shape it was called with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OperatorTime:
     """What a runtime's own profiler says of one operator."""
 
@@ -100,6 +112,17 @@ class Runtime:
     """Run the batches and tell where the time went; None: the runtime has no such means."""
     fused: Callable[[Path, Target], Sequence[RanOperator]] | None = None
     """Tell what an exported network is executed as; None: the runtime has no such means."""
+    inputs: Callable[[Path], Mapping[str, Signature]] | None = None
+    """Read what a file takes, by name; None: only artifacts of this runtime are run."""
+    suffixes: tuple[str, ...] = ()
+    """Endings of files that it runs outside an artifact, too; the first runtime of an ending is the
+    one that is taken where none is named."""
+    native: bool = True
+    """Whether `load` is native code that a damaged file could crash: what is no artifact is then
+    tried in a child process first."""
+    fixed_batch: bool = False
+    """Whether an exported file takes batches of one size only: that of the inputs at export. Its
+    runner takes other batches in pieces (`core/pieces.py`)."""
     options: tuple[str, ...] = ("threads",)
     """Names allowed in `Target.options`."""
     weights: tuple[str, ...] = ()

@@ -50,7 +50,7 @@ def middle_mean(times: Sequence[float]) -> float:
 
 
 def time_runs(calls: Calls, first: int, count: int) -> np.ndarray:
-    """Time `count` runs one by one.
+    """Time `count` runs one by one. A call that runs elsewhere and has `run_ns` tells its own time.
 
     Args:
         calls: Bound calls, used in rotation.
@@ -65,6 +65,10 @@ def time_runs(calls: Calls, first: int, count: int) -> np.ndarray:
     outputs: Any = None
     for i in range(count):
         call = calls[(first + i) % size]
+        elsewhere = getattr(call, "run_ns", None)
+        if elsewhere is not None:
+            spent_ns[i] = elsewhere()
+            continue
         began = clock()
         outputs = call()
         spent_ns[i] = clock() - began

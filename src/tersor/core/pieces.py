@@ -1,0 +1,90 @@
+"""Batches of any size for networks that take one size."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tersor.core.errors import TargetError
+from tersor.core.runtime import Arrays, Runner
+
+
+class InPieces:
+    """A runner that cuts batches into those of the size that a network was exported with.
+
+    A batch of that size is bound as it is, so that timing it costs nothing more. The last piece of
+    another one is filled up by repeating its first sample, whose outputs are dropped.
+    """
+
+    runner: Runner
+    size: int
+    sampled: frozenset[str] | None
+
+    def __init__(self, runner: Runner, size: int, sampled: frozenset[str] | None = None) -> None:
+        """Wrap `runner`.
+
+        Args:
+            runner: Takes batches of `size` samples only.
+            size: At least 1.
+            sampled: Names of the inputs whose first axis is the batch; None: all of them.
+        """
+        self.runner, self.size, self.sampled = runner, size, sampled
+
+    def bind(self, inputs: Arrays) -> Callable[[], Arrays]:
+        """Bind every piece.
+
+        Raises:
+            TargetError: the inputs have different numbers of samples.
+        """
+        cut = {n: a for n, a in inputs.items() if self.sampled is None or n in self.sampled}
+        counts = {len(array) for array in cut.values()}
+        if len(counts) > 1:
+            raise TargetError(f"inputs have different numbers of samples: {sorted(counts)}")
+        count = counts.pop() if counts else self.size
+        if count == self.size:
+            return self.runner.bind(inputs)
+        calls = []
+        for start in range(0, count, self.size):
+            piece = {n: _filled(a[start : start + self.size], self.size) for n, a in cut.items()}
+            calls.append(self.runner.bind({**inputs, **piece}))
+
+        def call() -> Arrays:
+            made = [call() for call in calls]
+            return {
+                name: _joined([part[name] for part in made], self.size, count) for name in made[0]
+            }
+
+        return call
+
+    def close(self) -> None:
+        """Close the runner."""
+        self.runner.close()
+
+
+def _filled(piece: np.ndarray, size: int) -> np.ndarray:
+    missing = size - len(piece)
+    return np.concatenate([piece, np.repeat(piece[:1], missing, axis=0)]) if missing else piece
+
+
+def _joined(parts: list[np.ndarray], size: int, count: int) -> np.ndarray:
+    """Put the outputs of pieces together; one that has no samples is the same for all."""
+    if parts[0].ndim and len(parts[0]) == size:
+        return np.concatenate(parts)[:count]
+    return parts[0]
+
+
+def narrowed(example: Mapping[str, Any], size: int, free: Mapping[str, Mapping[int, str]]) -> Any:
+    """Return example tensors with `size` samples along the axes that are free, repeated if needed.
+
+    Args:
+        example: Tensors or arrays by name, at least one sample each.
+        size: Samples wanted.
+        free: The axes that may change, by input; only axis 0 is the batch.
+    """
+    made = {}
+    for name, tensor in example.items():
+        if 0 in free.get(name, {}):
+            turns = [i % len(tensor) for i in range(size)]
+            tensor = tensor[turns]
+        made[name] = tensor
+    return made
