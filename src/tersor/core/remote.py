@@ -100,7 +100,7 @@ class Child:
         Raises:
             TersorError: what it raised. ChildError: it died, or took longer than `seconds`.
         """
-        drop, self.dropped = self.dropped, []
+        drop = [self.dropped.pop() for _ in range(len(self.dropped))]
         stdin, stdout = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)
         try:
             send(stdin, Message(fields={"do": what, "drop": drop, **fields}, arrays=arrays or {}))
