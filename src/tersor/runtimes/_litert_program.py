@@ -48,7 +48,7 @@ def prepared(program: ExportedProgram) -> tuple[fx.GraphModule, list[Kept]]:
     rewrites: dict[Any, Callable[[fx.GraphModule, fx.Node], Kept | None]] = {
         _OPS.dequantize_per_channel.default: _rounded_weights,
         _OPS.quantize_per_tensor.default: _signed,
-        _OPS.dequantize_per_tensor.default: _signed,
+        _OPS.dequantize_per_tensor.default: _signed_for_each,
         torch.ops.tersor.dynamic_linear.default: _dynamic,
         _ATEN.to.dtype: _half_weights,
         _ATEN._to_copy.default: _half_weights,
@@ -82,6 +82,17 @@ def _signed(module: fx.GraphModule, node: fx.Node) -> None:
         assert isinstance(high, int)
         shifted = (zero - _TO_SIGNED, low - _TO_SIGNED, high - _TO_SIGNED)
         node.args = (x, scale, *shifted, torch.int8)
+
+
+def _signed_for_each(module: fx.GraphModule, node: fx.Node) -> None:
+    """Take codes back once for each reader, as PyTorch's own quantizer does.
+
+    The converter's pass that moves channels to the end fails where several read the same values.
+    """
+    _signed(module, node)
+    for reader in list(node.users)[1:]:
+        with module.graph.inserting_before(node):
+            reader.replace_input_with(node, module.graph.node_copy(node))
 
 
 def _rounded_weights(module: fx.GraphModule, node: fx.Node) -> Kept | None:
