@@ -1,11 +1,11 @@
 """LiteRT, formerly TensorFlow Lite, on the CPU with XNNPACK.
 
-Networks that `static` quantized become integer operators: convolutions, additions, pooling and what
-merely moves numbers take and give int8 codes. Linear layers whose output stays in float, as `static`
-leaves them, and those of `dynamic` multiply in integers, too; their input is rounded once more, with
-a scale of each row. Weights that only are stored in fewer bits (`weight_only` with 8 bits, `half`
-with fp16) are unpacked when the file is loaded. A file takes batches of one size; int64 inputs and
-outputs are int32 in it.
+Networks that `static` quantized become integer operators: convolutions, additions, pooling and
+what merely moves numbers take and give int8 codes. Linear layers whose output stays in float, as
+`static` leaves them, and those of `dynamic` multiply in integers, too; their input is rounded once
+more, with a scale of each row. Weights that only are stored in fewer bits (`weight_only` with 8
+bits, `half` with fp16) are unpacked when the file is loaded. A file takes batches of one size;
+int64 inputs and outputs are int32 in it.
 """
 
 import contextlib
@@ -59,7 +59,10 @@ def _integers() -> Any:
     Its public constructor wants the quantizer of PyTorch that made the network; only the kind of
     quantization is read from it.
     """
-    from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
+    from litert_torch.quantize.pt2e_quantizer import (
+        PT2EQuantizer,
+        get_symmetric_quantization_config,
+    )
     from litert_torch.quantize.quant_config import QuantConfig
 
     quantizer = PT2EQuantizer().set_global(get_symmetric_quantization_config())
@@ -90,7 +93,8 @@ def _runner(path: Path, threads: int) -> Runner:
     fixed = {
         name: int(about["shape"][0])
         for name, about in runner.inputs.items()
-        if len(about["shape"]) and (not len(about["shape_signature"]) or about["shape_signature"][0] > 0)
+        if len(about["shape"])
+        and (not len(about["shape_signature"]) or about["shape_signature"][0] > 0)
     }
     size = next(iter(fixed.values()), 0)
     if not size:
