@@ -38,6 +38,7 @@ def finish(file: Path, kept: Iterable[Kept], inputs: Mapping[str, str]) -> None:
     edit.keep(kept)
     edit.take_floats(inputs)
     edit.return_floats()
+    edit.name_outputs()
     file.write_bytes(bytes(flatbuffer_utils.convert_object_to_bytearray(model)))
 
 
@@ -67,15 +68,23 @@ class _Edit:
         readers = [o for o in self.graph.operators if o.inputs is not None and index in o.inputs]
         linear = [o for o in readers if self._code(o) == self._builtin("FULLY_CONNECTED")]
         if weights.in_integers and readers and len(linear) == len(readers):
+            self._drop(self.graph.tensors[index])
             self._store(self.graph.tensors[index], weights, axes, channels)
             for operator in linear:
                 operator.builtinOptions.asymmetricQuantizeInputs = True
             return
         floats = self.graph.tensors[index]
+        self._drop(floats)
         packed = self._like(floats, b"_packed")
         self._store(self.graph.tensors[packed], weights, axes, channels)
-        floats.buffer = 0
         self._insert(0, "DEQUANTIZE", packed, index)
+
+    def _drop(self, tensor: Any) -> None:
+        """Empty the memory of a constant, where it is the last that has it."""
+        sharing = [other for other in self.graph.tensors if other.buffer == tensor.buffer]
+        if len(sharing) == 1:
+            self.model.buffers[tensor.buffer].data = None
+        tensor.buffer = 0
 
     def _store(self, tensor: Any, weights: Kept, axes: tuple[int, ...], channels: int) -> None:
         codes = np.ascontiguousarray(weights.codes.transpose(axes))
@@ -108,6 +117,13 @@ class _Edit:
                 codes, entry.tensorIndex = entry.tensorIndex, self._floats(entry.tensorIndex)
                 self._exchange(self.graph.outputs, codes, entry.tensorIndex)
                 self._insert(len(self.graph.operators), "DEQUANTIZE", codes, entry.tensorIndex)
+
+    def name_outputs(self) -> None:
+        """Call outputs without names as PyTorch's runners do: output, output_1 ..."""
+        entries = self.model.signatureDefs[0].outputs
+        if {entry.name for entry in entries} == {b"output_%d" % i for i in range(len(entries))}:
+            for entry in entries:
+                entry.name = entry.name.removesuffix(b"_0")
 
     def _is_code(self, tensor: Any) -> bool:
         grid = tensor.quantization

@@ -122,8 +122,10 @@ def _named(interpreter: Any, side: str) -> dict[str, Any]:
     signatures = interpreter._get_full_signature_list()
     if len(signatures) != 1:  # without one, tensors' own names
         return {about["name"]: about for about in details}
-    by_index = {about["index"]: about for about in details}
-    return {name: by_index[i] for name, i in next(iter(signatures.values()))[side].items()}
+    called = next(iter(signatures.values()))[
+        side
+    ]  # by name; the network's order is that of details
+    return {name: about for about in details for name, i in called.items() if i == about["index"]}
 
 
 class _Runner:
@@ -200,14 +202,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _plain(error: Exception) -> str:
+    """Say what the converter or the interpreter said, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[-1].removeprefix("error: ") if lines else type(error).__name__
-    return said.removeprefix("Lowering not found: ")[:300] if len(lines) != 1 else _operator(said)
-
-
-def _operator(line: str) -> str:
-    found = line.partition("Lowering not found: ")[2]
-    return f"it has no operator {found!r}" if found else line[:300]
+    for line in lines:
+        if found := line.partition("Lowering not found: ")[2]:
+            return f"it has no operator {found!r}"
+    return " ".join(lines[:2])[:300] or type(error).__name__
 
 
 RUNTIME = Runtime(
@@ -218,6 +218,7 @@ RUNTIME = Runtime(
     inputs=inputs,
     suffixes=(".tflite",),
     fixed_batch=True,
+    weights=("fp16",),
     to_export=("torch", "litert_torch"),
     to_run=("ai_edge_litert",),
 )

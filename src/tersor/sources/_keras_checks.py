@@ -141,10 +141,10 @@ def check_config(config: Any) -> None:
     Raises:
         ModelError: names it.
     """
-    if not isinstance(config, dict) or config.get("class_name") not in _MODELS:
-        found = config.get("class_name") if isinstance(config, dict) else None
+    found = str(config.get("class_name")) if isinstance(config, dict) else ""
+    if found not in _MODELS:
         raise ModelError(
-            f"holds a {str(found)[:80]!r}, not a Sequential or Functional model; a subclassed one "
+            f"holds a {found[:80]!r}, not a Sequential or Functional model; a subclassed one "
             "is code: export it instead, model.export(FOLDER), and give that folder"
         )
     for entry in _objects(config):
@@ -152,7 +152,7 @@ def check_config(config: Any) -> None:
 
 
 def _check_object(entry: Mapping[str, Any]) -> None:
-    name, module = entry["class_name"], entry.get("module")
+    name, module = str(entry["class_name"]), str(entry.get("module"))
     if name in _VALUES:
         return
     inner = entry.get("config")
@@ -163,16 +163,11 @@ def _check_object(entry: Mapping[str, Any]) -> None:
             f"has a {name} layer{called}, which holds {_CODE[name]}, and is refused; rebuild the "
             "network with plain layers, or export it: model.export(FOLDER)"
         )
-    shown = str(inner)[:80] if name == "function" else str(name)[:80]
+    shown = str(inner)[:80] if name == "function" else name[:80]
     registered = entry.get("registered_name")
-    if (
-        not isinstance(name, str)
-        or not isinstance(module, str)
-        or name not in _ALLOWED.get(module, ())
-        or registered not in (None, "", name)
-    ):
+    if name not in _ALLOWED.get(module, ()) or registered not in (None, "", name):
         raise ModelError(
-            f"asks for {shown!r} of {str(module)[:80]!r}{called}, which is not on the list of "
+            f"asks for {shown!r} of {module[:80]!r}{called}, which is not on the list of "
             "plain layers and operations, and is not loaded; export the network instead, "
             "model.export(FOLDER), and give that folder"
         )
