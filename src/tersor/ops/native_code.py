@@ -85,8 +85,8 @@ def check_processor(name: str, made_for: Mapping[str, Any], here: Mapping[str, A
     missing = sorted(set(needed) - set(here["instructions"]))
     if missing:
         raise TargetError(
-            f"{name} was compiled for {made_for.get('cpu')}, whose instructions {', '.join(missing)} "
-            f"this processor ({here['cpu']}) lacks; {again}"
+            f"{name} was compiled for {made_for.get('cpu')}; this processor ({here['cpu']}) lacks "
+            f"its instructions {', '.join(missing)}; {again}"
         )
     if not needed and made_for.get("cpu") != here["cpu"]:
         raise TargetError(

@@ -77,7 +77,7 @@ def _part(module: fx.GraphModule) -> None:
 
 def _fold_weights(module: fx.GraphModule) -> tuple[str, ...]:
     """Store the weights of layers as floats where codes do not both come in and go out."""
-    names = []
+    names: list[str] = []
     for node in _calls(module, *_WEIGHTS):
         if all(_is_integer(reader, node) for reader in node.users):
             continue
@@ -124,11 +124,14 @@ def _keep_dimensions(module: fx.GraphModule) -> None:
     for node in _calls(module, _ATEN.mean.dim):
         x, dims, *rest = node.args
         assert isinstance(x, fx.Node)
+        assert isinstance(dims, (list, tuple))
         shape = x.meta["val"].shape
         keeps = bool(rest and rest[0]) or node.kwargs.get("keepdim")
-        if len(shape) != 4 or keeps or sorted(d % 4 for d in dims) != [2, 3]:  # type: ignore[union-attr]  # always a list
+        if len(shape) != 4 or keeps or sorted(int(str(d)) % 4 for d in dims) != [2, 3]:
             continue
+        readers = list(node.users)
         with module.graph.inserting_after(node):
             flat = module.graph.call_function(_ATEN.reshape.default, (node, list(shape[:2])))
-        node.replace_all_uses_with(flat, delete_user_cb=lambda user, own=flat: user is not own)
+        for reader in readers:
+            reader.replace_input_with(node, flat)
         node.args = (x, [2, 3], True)

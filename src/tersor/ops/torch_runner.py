@@ -42,7 +42,7 @@ class TorchRunner:
         self.net = net.to(self.device)
         if "channels_last" in self.switches:
             _to_channels_last(self.net)
-        self.stream = torch.cuda.Stream() if "stream" in self.switches else None
+        self.stream = torch.cuda.Stream() if "stream" in self.switches else None  # type: ignore[no-untyped-call]  # not in the stubs
         self.names = list(names)
         precision = str(target.options.get("precision", "fp32"))
         if precision not in _TYPES:
@@ -115,7 +115,7 @@ class TorchRunner:
 
     def _captured(self, compute: Callable[[], Any]) -> Callable[[], Any]:
         """Capture a call's kernels into a graph, which is replayed on the bound inputs."""
-        side = self.stream or torch.cuda.Stream()
+        side = self.stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]  # as above
         graph = torch.cuda.CUDAGraph()
         try:
             with self._around():

@@ -32,15 +32,15 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
     from torch._dynamo.utils import counters
     from torch._inductor import aot_compile
     from torch._inductor.exc import InvalidCxxCompiler
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     from tersor.ops import native_code
 
     own = sorted({str(n.target) for n in net.graph.nodes if str(n.target).startswith("tersor.")})
     if own:
         raise TargetError(
-            f"compiled networks cannot call {', '.join(own)}, which is written in Python; leave out "
-            "the step that makes it, or choose the runtime torch_export"
+            f"compiled networks cannot call {', '.join(own)}, which is written in Python; leave "
+            "out the step that makes it, or choose the runtime torch_export"
         )
     compiler = native_code.cxx_compiler()
     names = list(net.call_spec.in_spec.child(1).context)
@@ -61,10 +61,11 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
         try:
             with torch.no_grad(), native_code.quiet():
                 made = aot_compile(net.module(check_guards=False), (), example, options=options)
+                assert isinstance(made, list)  # of files, with `package` set
                 # the C++ is of no use where it runs
                 kept = [str(x) for x in made if not str(x).endswith(".cpp")]
                 native_code.blank_folders([Path(x) for x in kept], aside)
-                package_aoti(str(file), kept)  # type: ignore[arg-type]  # the stubs forget a list
+                package_aoti(str(file), kept)  # type: ignore[arg-type]  # list is invariant
         except InvalidCxxCompiler as error:
             raise DependencyError(f"{compiler} does not work as a C++ compiler") from error
         except Exception as error:
