@@ -87,8 +87,8 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
 
 def load(path: Path, target: Target) -> Runner:
     """Load the method `forward`."""
-    _set_threads(target.threads or usable_cores())
     program = _program(path)
+    _set_threads(target.threads or usable_cores())
     runner = _Runner(program, path)
     size = _size(runner.signatures)
     return InPieces(runner, size) if size else runner
@@ -156,12 +156,12 @@ def _set_threads(count: int) -> None:
 
 def _program(path: Path) -> Any:
     """Read a file after a look at its head: ExecuTorch's own check needs a whole one."""
-    from executorch.runtime import Runtime as Native
-
     with path.open("rb") as stream:
         head = stream.read(8)
     if head[4:6] != b"ET":
         raise TargetError(f"{path.name} is not a program of ExecuTorch (.pte)")
+    from executorch.runtime import Runtime as Native
+
     try:
         program = Native.get().load_program(path)
     except Exception as error:
