@@ -78,8 +78,10 @@ def quantized(net: nn.Module, x: Tensor, folder: Path, config: Static = FIXED) -
 def run(name: str, net: Any, inputs: Inputs, folder: Path, x: Tensor, **options: Any) -> np.ndarray:
     runtime = plugins.runtime(name)
     folder.mkdir()
-    files = runtime.export(net, folder, inputs)
-    runner = runtime.open(files[0], Target(runtime=name, options={"threads": 1, **options}))
+    file = runtime.export(net, folder, inputs)[0]
+    if options:  # what a project was written with is what it is emulated with
+        (folder / "project.zip").unlink()
+    runner = runtime.open(file, Target(runtime=name, options={"threads": 1, **options}))
     try:
         batch: Arrays = {"x": x.numpy()}
         (made,) = runner.bind(batch)().values()
@@ -142,6 +144,24 @@ def test_project_is_the_same_each_time_and_tells_no_paths(tmp_path: Path) -> Non
         assert {"build_prj.tcl", "project.tcl", "firmware/network.cpp"} <= set(packed.namelist())
         assert b"clock_period 5" in packed.read("project.tcl")
         assert not [n for n in packed.namelist() if b"/tmp" in packed.read(n)]
+
+
+@pytest.mark.slow
+def test_emulates_only_the_project_beside_it(tmp_path: Path) -> None:
+    needs_hls()
+    x = torch.randn(16, 1, 8, 8)
+    made, inputs = quantized(Perceptron(), x, tmp_path)
+    runtime = plugins.runtime("hls")
+    file, archive = runtime.export(made, tmp_path, inputs)
+    other = Target(runtime="hls", options={"reuse_factor": 2})
+    message = (
+        r"^project\.zip was written for \{.*'reuse_factor': 1.*\}, not for \{.*; export it again"
+    )
+    with pytest.raises(TargetError, match=message):
+        runtime.open(file, other)
+    archive.write_bytes(b"nothing")
+    with pytest.raises(TargetError, match=r"^project\.zip is damaged: BadZipFile: "):
+        runtime.open(file, Target(runtime="hls"))
 
 
 @pytest.mark.slow

@@ -19,12 +19,13 @@ Synthesis needs AMD's tools: not verified on hardware.
 
 import contextlib
 import io
+import json
 import re
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tersor.core.errors import DependencyError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
 
-_PROJECT = "network"
+_PROJECT, _ARCHIVE, _SETTINGS = "network", "project.zip", "settings.json"
 _PART = "xcvu13p-flga2577-2-e"  # hls4ml's own default
 _CLEAR = ("hls4ml_config.yml", ".so", ".o")
 """What is not packed: paths of this machine, and what was compiled for it."""
@@ -83,10 +84,11 @@ def export(net: Any, folder: Path, inputs: Inputs, target: Target | None = None)
     """Write `model.onnx` and `project.zip`."""
     del inputs
     wanted = settings(target.options if target is not None else {})
-    file, archive = folder / "model.onnx", folder / "project.zip"
+    file, archive = folder / "model.onnx", folder / _ARCHIVE
     with tempfile.TemporaryDirectory(prefix="tersor-") as place:
         graph = _graph(net, Path(place), wanted)[0]
         _quietly(graph.write)
+        (Path(place) / _SETTINGS).write_text(_settled(wanted), encoding="utf-8")
         _pack(Path(place), archive, str(graph.config.get_config_value("Stamp")))
     file.write_bytes(net.SerializeToString(deterministic=True))
     return [file, archive]
@@ -102,6 +104,7 @@ def load(path: Path, target: Target) -> Runner:
             "runtime 'hls' emulates with the compiler g++, which is not there. Install it with "
             "the system's packages: apt install g++"
         )
+    _check_project(path.with_name(_ARCHIVE), wanted)
     try:
         net = onnx.load(path)
     except Exception as error:
@@ -113,6 +116,26 @@ def load(path: Path, target: Target) -> Runner:
         # the first run reads the weights; after it the files may go
         runner.bind({n: np.zeros((1, *shape)) for n, shape in network.inputs.items()})()
     return runner
+
+
+def _settled(wanted: Settings) -> str:
+    return json.dumps(asdict(wanted), indent=1) + "\n"
+
+
+def _check_project(archive: Path, wanted: Settings) -> None:
+    """Refuse to emulate something else than the project that lies beside the file."""
+    if not archive.is_file():
+        return
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            written = json.loads(packed.read(_SETTINGS))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise TargetError(f"{archive.name} is damaged: {_plain(error)}") from error
+    if written != json.loads(_settled(wanted)):
+        raise TargetError(
+            f"{archive.name} was written for {written}, not for {asdict(wanted)}; export it again "
+            "with these options"
+        )
 
 
 def _graph(net: Any, place: Path, wanted: Settings) -> tuple[Any, Any]:

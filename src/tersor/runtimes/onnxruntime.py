@@ -7,6 +7,7 @@ for operators that it lacks (those that only compute shapes may stay there).
 
 Options: `optimization` (`disable`, `basic`, `extended` or `all`, the default); `format: ort` writes
 the format of ONNX Runtime's builds for phones, with the list of operators that such a build needs;
+`format: vitis_ai` an ONNX file by the rules of AMD's Vitis AI, biases in int8, too;
 `saved_optimized: true` (cpu) keeps the optimized graph beside the file, so that loading it with the
 same version on the same kind of machine is quick; `cuda_graphs: true` (cuda, tensorrt) replays a
 captured graph in place of launching each operator.
@@ -48,8 +49,9 @@ _LEVELS = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
+_FORMATS = ("onnx", "ort", "vitis_ai")
 _SWITCHES = ("saved_optimized", "cuda_graphs", "fallback")
-_OPTIMIZED, _MACHINE = "optimized.onnx", "tersor.machine"
+_OPTIMIZED, _MACHINE, _FORMAT = "optimized.onnx", "tersor.machine", "tersor.format"
 
 
 def check(target: Target) -> None:
@@ -59,7 +61,7 @@ def check(target: Target) -> None:
         TargetError: a value that cannot be; the nearest one is suggested.
     """
     options = target.options
-    for name, known in (("optimization", tuple(_LEVELS)), ("format", ("onnx", "ort"))):
+    for name, known in (("optimization", tuple(_LEVELS)), ("format", _FORMATS)):
         given = options.get(name, known[0])
         if given not in known:
             raise TargetError(
@@ -89,10 +91,23 @@ def export(net: Any, folder: Path, inputs: Inputs, target: Target | None = None)
     if target.options.get("format") == "ort":
         return _export_ort(net, folder)
     file = folder / "model.onnx"
+    if target.options.get("format") == "vitis_ai":
+        return [_export_vitis_ai(net, file)]
     file.write_bytes(pack_weights(net).SerializeToString(deterministic=True))
     if not target.options.get("saved_optimized"):
         return [file]
     return [file, _save_optimized(file, target)]
+
+
+def _export_vitis_ai(net: Any, file: Path) -> Path:
+    from onnx import helper
+
+    from tersor.ops.vitis_ai import to_vitis_ai
+
+    made = to_vitis_ai(net)
+    helper.set_model_props(made, {_FORMAT: "vitis_ai"})
+    file.write_bytes(made.SerializeToString(deterministic=True))
+    return file
 
 
 def _export_ort(net: Any, folder: Path) -> Sequence[Path]:
@@ -148,11 +163,9 @@ def load(path: Path, target: Target) -> Runner:
 def _start(path: Path, target: Target) -> Any:
     """Start the optimized graph where one was saved for this machine; else optimize."""
     check(target)
-    wanted = "ort" if path.suffix == ".ort" else "onnx"
-    if target.options.get("format", wanted) != wanted:
-        raise TargetError(
-            f"{path.name} is not in the format {target.options['format']!r}; export it again"
-        )
+    wanted = target.options.get("format")
+    if wanted is not None and (path.suffix == ".ort") != (wanted == "ort"):
+        raise TargetError(f"{path.name} is not in the format {wanted!r}; export it again")
     if target.options.get("saved_optimized"):
         saved = path.with_name(_OPTIMIZED)
         if not saved.is_file():
@@ -162,7 +175,10 @@ def _start(path: Path, target: Target) -> Any:
         session = _session(saved, target, optimize=False)
         if session.get_modelmeta().custom_metadata_map.get(_MACHINE) == _machine(target):
             return session
-    return _session(path, target)
+    session = _session(path, target)
+    if wanted == "vitis_ai" and wanted != session.get_modelmeta().custom_metadata_map.get(_FORMAT):
+        raise TargetError(f"{path.name} is not in the format {wanted!r}; export it again")
+    return session
 
 
 def inputs(path: Path) -> Mapping[str, Signature]:
