@@ -26,6 +26,7 @@ from tersor.core.statistics import log_ratio_interval, median_interval, quantile
 from tersor.core.timing import Calls, quiet, time_runs, warm_up
 from tersor.feeds import arrays_of, timing_inputs
 from tersor.ops.lower import lower
+from tersor.ops.torch_runner import TorchRunner
 
 METRICS = ("size", "peak_memory")
 """Measured for every runtime besides the quality and the times."""
@@ -104,8 +105,8 @@ def survey(
             raise RecipeError(
                 f"unknown runtime {name!r}.{suggest(name, plugins.names('runtimes'))}"
             )
-    batches = getattr(data, split, None)
-    first = next(iter(batches or ()), None)
+    batches = getattr(data, split, None) or ()
+    first = next(iter(batches), None)
     if first is None:
         raise DataError(f"the data have no split {split!r} to measure on")
     wanted = [*dict.fromkeys([*metrics, "fidelity", *(["accuracy"] if "labels" in first else [])])]
@@ -153,7 +154,7 @@ class _Work:
         self.model, self.inputs, self.data, self.folder = model, inputs, data, folder
         self.metrics, self.batch, self.threads, self.split = metrics, batch, threads, split
         self.lowered: dict[tuple[str, bool], Any] = {}
-        self.reference: np.ndarray | None = None
+        self.reference = _in_memory(model, inputs, data, split)
 
     def row(self, name: str) -> tuple[Row, Candidate | None]:
         """Try one runtime."""
@@ -187,9 +188,7 @@ class _Work:
                 Row(runtime=name, status=kind, reason=_words(error), exported=written),  # type: ignore[arg-type]  # one of two literals
                 None,
             )
-        row = Row(
-            runtime=name, status="ran", exported=True, export_s=export_s, measurements=made
-        )
+        row = Row(runtime=name, status="ran", exported=True, export_s=export_s, measurements=made)
         return row, candidate
 
     def _lowered(self, runtime: Runtime) -> Any:
@@ -209,9 +208,18 @@ class _Work:
             batch=self.batch,
             reference=self.reference,
         )
-        if self.reference is None:
+        if self.reference is None:  # an ONNX file: the first runtime is what others are compared to
             self.reference = scores.outputs
         return dict(scores.measurements)
+
+
+def _in_memory(model: Model, inputs: Inputs, data: Data, split: str) -> np.ndarray | None:
+    """Return the outputs of the network as it is in memory; None for an ONNX file."""
+    if model.form == "onnx":
+        return None
+    net = model.net if model.form == "module" else model.net.module()
+    runner = TorchRunner(net, list(inputs.example), Target(runtime="torch_eager"))
+    return benchmark.evaluate(runner, getattr(data, split))[0]
 
 
 def _skipped(name: str, runtime: Runtime, model: Model) -> str:
@@ -231,7 +239,7 @@ def _words(error: Exception) -> str:
 
 def _timed(
     running: Mapping[int, Calls], seed: int
-) -> dict[int, tuple[tuple[float, float, float] | None, dict[str, Measurement]]]:
+) -> dict[int, tuple[tuple[float, float, float], dict[str, Measurement]]]:
     """Time each alone for percentiles, then all in turns for ratios to the first."""
     if not running:
         return {}

@@ -85,7 +85,7 @@ class Child:
             stderr=self.log,
             start_new_session=True,  # an interrupt is for us, not for it
         )
-        self._end = weakref.finalize(self, _kill, self.process)
+        self._end = weakref.finalize(self, _kill, self.process, self.log)
 
     def ask(
         self,
@@ -121,8 +121,6 @@ class Child:
     def close(self) -> None:
         """End the process."""
         self._end()
-        with contextlib.suppress(OSError):
-            self.log.close()
 
     def _last_words(self) -> str:
         code = self.process.wait()
@@ -137,8 +135,8 @@ class Child:
         return f"{how}{': ' + last[:300] if last else ''}"
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    for stream in (process.stdin, process.stdout):
+def _kill(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    for stream in (process.stdin, process.stdout, log):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
