@@ -24,10 +24,9 @@ from tersor._cli_options import (
     Weights,
     argument,
     example,
-    names,
     option,
 )
-from tersor._cli_talk import KINDS
+from tersor._cli_verbs import verbs
 
 VERBS = (
     "compress",
@@ -371,130 +370,4 @@ def run(
     raise typer.Exit(code)
 
 
-@app.command(
-    "list",
-    short_help="list techniques, recipes, runtimes, metrics ...",
-    epilog=example("tersor list techniques"),
-)
-def list_(
-    kind: Annotated[
-        str | None,
-        argument("KIND", f"{', '.join(KINDS)}; all if left out", autocompletion=lambda: KINDS),
-    ] = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """List what there is: installed, or the line that installs it."""
-    from tersor import _cli_catalog
-
-    del debug
-    raise typer.Exit(_cli_catalog.listing(kind, as_json=json))
-
-
-@app.command(
-    short_help="show a technique's settings, a recipe's file ...",
-    epilog=example("tersor show static"),
-)
-def show(
-    name: Annotated[
-        str | None,
-        argument(
-            "NAME",
-            "a technique, recipe, runtime, metric, source or dataset",
-            autocompletion=lambda: names("any"),
-        ),
-    ] = None,
-    schema: Annotated[
-        bool, option("--schema", None, "the JSON Schema of recipe files, for editors")
-    ] = False,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show all about a name: settings, defaults, types, paper; or a recipe's file."""
-    from tersor import _cli_catalog
-
-    del debug
-    raise typer.Exit(_cli_catalog.show_name(name, schema=schema, as_json=json))
-
-
-@app.command(
-    short_help="show layers, parameters, sizes and sparsity",
-    epilog=example(
-        "tersor inspect tersor.demo.network:trained",
-        "tersor inspect tersor.demo.network:trained --data digits --groups --out g.svg",
-    ),
-)
-def inspect(
-    subject: Subject,
-    weights: Weights = None,
-    partial: Partial = False,
-    verify: Annotated[
-        bool, option("--verify", None, "compare an artifact's files with their hashes")
-    ] = False,
-    groups: Annotated[
-        bool, option("--groups", None, "list the channels that must be cut together")
-    ] = False,
-    data: Annotated[str | None, option("--data", "DATA", f"what --groups runs on: {DATA}")] = None,
-    out: Annotated[Path | None, option("--out", "FILE.svg", "draw the groups, too")] = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show layers, parameters, sizes and sparsity of a network or an artifact."""
-    from tersor import _cli_inspect
-
-    del debug
-    code = _cli_inspect.inspect(
-        subject,
-        weights=weights,
-        partial=partial,
-        verify=verify,
-        groups=groups,
-        data=data,
-        out=out,
-        as_json=json,
-    )
-    raise typer.Exit(code)
-
-
-@app.command(
-    short_help="look at this machine, and say what to do about it", epilog=example("tersor doctor")
-)
-def doctor(json: Json = False, debug: Debug = False) -> None:
-    """Look at this machine: cores, instructions, packages, and whether it can time fairly.
-
-    Exit code 1: there is something to do.
-    """
-    from tersor import _cli_doctor
-
-    del debug
-    raise typer.Exit(_cli_doctor.doctor(as_json=json))
-
-
-@app.command(
-    short_help="compress the small network that ships with tersor",
-    epilog=example("tersor demo --out demo"),
-)
-def demo(
-    context: typer.Context,
-    out: Annotated[Path, option("--out", "DIR", "the artifact's folder", show_default=True)] = Path(
-        "demo"
-    ),
-    target: Target = None,
-    threads: Threads = None,
-    resume: Resume = False,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Compress the small network that ships with tersor; takes a minute or two."""
-    from tersor import _cli_compress
-
-    del debug
-    code = _cli_compress.demo(
-        words=context.obj["words"],
-        out=out,
-        target=target,
-        threads=threads,
-        resume=resume,
-        as_json=json,
-    )
-    raise typer.Exit(code)
+app.add_typer(verbs)
