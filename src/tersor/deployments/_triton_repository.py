@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tersor.core import packing
 from tersor.core.artifact import Artifact
 from tersor.core.errors import TargetError
 from tersor.deployments._interface import Interface, Port, interface
+from tersor.deployments._model_files import copy_model
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """What a model may be called: it is a folder, and a part of addresses."""
@@ -58,14 +58,6 @@ def write_repository(artifact: Artifact, folder: Path, serving: Serving) -> Inte
     text = config(found, serving, _parameters(artifact, serving))
     (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
     return found
-
-
-def copy_model(artifact: Artifact, folder: Path) -> None:
-    """Copy the files that the runtime reads, unpacked."""
-    with packing.unpacked(artifact.model_files[0]) as first:
-        packed = first != artifact.model_files[0]
-        for file in sorted(first.parent.iterdir()) if packed else artifact.model_files:
-            shutil.copyfile(file, folder / file.name)
 
 
 def _parameters(artifact: Artifact, serving: Serving) -> dict[str, str]:
