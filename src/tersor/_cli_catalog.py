@@ -159,6 +159,14 @@ def about(kind: str, name: str) -> dict[str, Any]:
     elif kind == "metrics":
         metric = plugins.metric(name)
         facts = {"unit": metric.unit, "better": metric.better, "needs": list(metric.needs)}
+    elif kind == "deployments":
+        deployment = plugins.deployment(name)
+        facts = {
+            "runtimes": list(deployment.runtimes),
+            "environment": deployment.environment,
+            "check": deployment.check,
+            "settings": settings(deployment.options),
+        }
     elif kind == "sources":
         facts = {"suffixes": list(plugins.source(name).suffixes)}
     else:
