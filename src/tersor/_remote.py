@@ -22,11 +22,19 @@ from tersor.core.wire import Message, receive, send
 
 
 def main(words: Sequence[str]) -> None:
-    """Run `memory FOLDER`, or `serve NAME [BYTES]`: answer until the other side closes the pipe."""
+    """Run `memory FOLDER`, `saved_model FOLDER`, or `serve NAME [BYTES]`.
+
+    The last one answers until the other side closes the pipe.
+    """
     if words[0] == "memory":
         from tersor.metrics import _child
 
         _child.main(Path(words[1]))
+        return
+    if words[0] == "saved_model":
+        from tersor.deployments import _savedmodel
+
+        _savedmodel.main(Path(words[1]))
         return
     if len(words) > 2:
         _limit(int(words[2]))

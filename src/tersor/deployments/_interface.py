@@ -44,8 +44,8 @@ class Interface:
 def interface(artifact: Artifact) -> Interface:
     """Run an artifact on made-up inputs, in each free size, and see what comes out.
 
-    Floats are drawn from a normal distribution with a fixed seed, integers are zeros: a token or an
-    index that every network has.
+    Floats are drawn from a normal distribution with a fixed seed, integers are ones: a token that
+    most networks know and few take for padding, and a mask that hides nothing.
 
     Raises:
         ArtifactError: the manifest does not describe inputs. DependencyError: its runtime is not
@@ -101,6 +101,6 @@ def _draw(inputs: tuple[Port, ...], sizes: Mapping[str, int]) -> dict[str, np.nd
     for port in inputs:
         shape = tuple(sizes[size] if isinstance(size, str) else size for size in port.shape)
         floats = np.dtype(port.dtype).kind == "f"
-        made = drawn.standard_normal(shape) if floats else np.zeros(shape)
+        made = drawn.standard_normal(shape) if floats else np.ones(shape)
         arrays[port.name] = made.astype(port.dtype)
     return arrays
