@@ -3,7 +3,7 @@
 import errno
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def _check_out(place: Path) -> None:
         )
 
 
-def _write(place: Path, fill: Any, about: Mapping[str, Any]) -> tuple[str, ...]:
+def _write(place: Path, fill: Callable[[Path], None], about: Mapping[str, Any]) -> tuple[str, ...]:
     """Write everything to OUT.tmp-..., then let the two change names."""
     beside = disk.beside_name(place, "tmp")
     try:
@@ -157,7 +157,10 @@ def _write(place: Path, fill: Any, about: Mapping[str, Any]) -> tuple[str, ...]:
     except BaseException:
         _discard(beside)
         raise
-    disk.sync_dir(place.parent)
+    try:
+        disk.sync_dir(place.parent)
+    except OSError as error:
+        _log.warning("%s is written, but may not survive a power cut: %s", place, why(error))
     _discard(beside)
     return names
 

@@ -2,8 +2,8 @@
 
 In a plugin folder every file without a leading underscore is one plugin and its name is the
 registration. Outside the package an entry point in the group `tersor.techniques` (`runtimes`,
-`metrics`, `sources`, `datasets`, `deployments`) whose name is the plugin's and whose value is its module does the
-same. Names of the package win. Listing imports nothing.
+`metrics`, `sources`, `datasets`, `deployments`) whose name is the plugin's and whose value is its
+module does the same. Names of the package win. Listing imports nothing.
 """
 
 import ast

@@ -78,6 +78,8 @@ def _compute(model: Any, given: Mapping[str, Any], outputs: list[str]) -> dict[s
             raise NotImplementedError(
                 f"operator {node.op_type} ({node.output[0]}) with {error}"
             ) from error
+        except Exception as error:
+            raise ValueError(f"operator {node.op_type} ({node.output[0]}): {error}") from error
         several = made if isinstance(made, list | tuple) else [made]
         values.update(zip(node.output, several, strict=False))
     return {name: tf.identity(values[name], name=None) for name in outputs}

@@ -70,7 +70,7 @@ def _fold(function: Callable[..., Any]) -> Operator:
 def _divide(values: Values, attributes: Attributes) -> Any:
     a, b = (tf.convert_to_tensor(v) for v in values)
     if a.dtype.is_integer:  # ONNX rounds towards zero
-        return tf.cast(tf.math.truncatediv(a, b), a.dtype)
+        return tf.truncatediv(a, b)
     return a / b
 
 
