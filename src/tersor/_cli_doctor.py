@@ -4,8 +4,8 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
-from tersor._cli_talk import colored, paragraph, show, show_json, table
-from tersor.core import plugins
+from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
+from tersor.core import environments, plugins
 from tersor.core.hardware import Machine, environment, preflight, probe
 from tersor.ops import native
 
@@ -28,6 +28,7 @@ def doctor(*, as_json: bool) -> int:
             {
                 **environment(),
                 "extras": packages,
+                "environments": _environments(),
                 "findings": findings,
                 "usable_cores": machine.usable,
                 "sparse_kernel": {"built": kernel.library is not None, "note": kernel.note},
@@ -42,11 +43,48 @@ def doctor(*, as_json: bool) -> int:
     ]
     show(table(("package", "version", "", "for"), rows))
     show()
+    apart = [
+        (
+            e["name"],
+            colored(e["state"]) if e["state"] == "missing" else e["state"],
+            e["create"] or "",
+        )
+        for e in _environments()
+    ]
+    if apart:
+        show(table(("environment", "", ""), apart))
+        show()
     for text in findings:
         show(paragraph(f"to do: {text}", ""))
     if not findings:
         show("all is well")
     return 1 if findings else 0
+
+
+def create(names: Sequence[str], *, as_json: bool) -> int:
+    """Make environments.
+
+    Returns:
+        The exit code, 0.
+    """
+    wanted = environments.known() if "all" in names else tuple(dict.fromkeys(names))
+    made = {name: str(environments.create(name, tell)) for name in wanted}
+    if as_json:
+        show_json({"environments": made})
+    else:
+        show(table(("environment", "folder"), list(made.items())))
+    return 0
+
+
+def _environments() -> list[dict[str, Any]]:
+    """Say which environments there are, and which are older than this version wants."""
+    found = []
+    for name in environments.known():
+        here = environments.python(name) is not None
+        state = "missing" if not here else "old" if environments.stale(name) else "ready"
+        line = None if state == "ready" else f"tersor doctor --create {name}"
+        found.append({"name": name, "state": state, "create": line})
+    return found
 
 
 def _package(name: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _exported(
         if first is None:
             raise DataError(f"the data have no split {split!r} to measure on")
         sample = arrays_of(first, inputs.example)
-        candidate = export(model.net, Path(folder), inputs, chosen, sample)
+        candidate = export(model.net, Path(folder), inputs, chosen, sample, batch=batch)
         try:
             scores = score(candidate, names, split, batches, batch=batch, reference=None)
         finally:

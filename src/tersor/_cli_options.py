@@ -18,6 +18,10 @@ def names(kind: str) -> list[str]:
     from tersor.core import plugins
     from tersor.core.recipe import recipes
 
+    if kind == "environments":
+        from tersor.core import environments
+
+        return [*environments.known(), "all"]
     if kind == "any":
         return sorted({name for each in KINDS for name in names(each)})
     return recipes() if kind == "recipes" else list(plugins.names(kind))

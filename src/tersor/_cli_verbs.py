@@ -114,15 +114,29 @@ def inspect(
 @verbs.command(
     short_help="look at this machine, and say what to do about it", epilog=example("tersor doctor")
 )
-def doctor(json: Json = False, debug: Debug = False) -> None:
+def doctor(
+    create: Annotated[
+        list[str] | None,
+        option(
+            "--create",
+            "NAME",
+            "make the environment of a runtime or source, or all (repeatable)",
+            complete="environments",
+        ),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Look at this machine: cores, instructions, packages, and whether it can time fairly.
 
-    Exit code 1: there is something to do.
+    Runtimes whose packages do not live beside others get an environment of their own with --create,
+    which downloads packages. Exit code 1: there is something to do.
     """
     from tersor import _cli_doctor
 
     del debug
-    raise typer.Exit(_cli_doctor.doctor(as_json=json))
+    code = _cli_doctor.create(create, as_json=json) if create else _cli_doctor.doctor(as_json=json)
+    raise typer.Exit(code)
 
 
 @verbs.command(

@@ -15,7 +15,8 @@ from tersor.core.context import Batch, Data
 from tersor.core.errors import DataError, ModelError, TargetError
 from tersor.core.metric import Measurement, Subject
 from tersor.core.model import Inputs
-from tersor.core.runtime import Arrays, Runner, Target
+from tersor.core.pieces import narrowed
+from tersor.core.runtime import Arrays, Runner, Runtime, Target
 from tersor.ops.lower import form_of, lower
 from tersor.ops.notes import notes_of
 
@@ -60,7 +61,27 @@ def target_for(net: Any, target: Target) -> Target:
     return replace(target, options={**target.options, "precision": str(precision)})
 
 
-def export(net: Any, folder: Path, inputs: Inputs, wanted: Target, sample: Arrays) -> Candidate:
+def inputs_for(runtime: Runtime, inputs: Inputs, batch: int) -> Inputs:
+    """Return how a network is called when it is exported to a runtime.
+
+    Where files take batches of one size only, nothing is free, and the example has that size.
+    """
+    if not runtime.fixed_batch:
+        return inputs
+    return Inputs(example=narrowed(inputs.example, batch, inputs.dynamic))
+
+
+def export(
+    net: Any,
+    folder: Path,
+    inputs: Inputs,
+    wanted: Target,
+    sample: Arrays,
+    *,
+    batch: int = 1,
+    runtime: Runtime | None = None,
+    lowered: Any = None,
+) -> Candidate:
     """Lower, export, load, and compare the outputs with the network in memory.
 
     Args:
@@ -69,14 +90,20 @@ def export(net: Any, folder: Path, inputs: Inputs, wanted: Target, sample: Array
         inputs: How to call it.
         wanted: Where it is to run.
         sample: One batch to compare on.
+        batch: Samples of a batch, for runtimes whose files take batches of one size only.
+        runtime: The target's runtime, where it is not to be the usual one.
+        lowered: The network in the form that it takes, where that is at hand.
 
     Raises:
         ModelError: cannot be lowered. TargetError: cannot be loaded, or its outputs differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    runtime = plugins.runtime(wanted.runtime)
+    runtime = runtime or plugins.runtime(wanted.runtime)
     target = target_for(net, wanted)
-    files = tuple(runtime.export(lower(net, runtime.takes, inputs), folder, inputs))
+    inputs = inputs_for(runtime, inputs, batch)
+    if lowered is None:
+        lowered = lower(net, runtime.takes, inputs)
+    files = tuple(runtime.export(lowered, folder, inputs))
     if notes_of(net).get("packed"):
         files = (packing.pack(files, folder / f"model{packing.SUFFIX}"),)
     runner = runtime.open(files[0], target)
@@ -220,11 +247,12 @@ def latencies(
     names = list(inputs.example)
     timed = benchmark.timing_inputs(({name: b[name] for name in names} for b in batches), batch)
     runners = []
+    way = inputs_for(runtime, inputs, batch)
     with tempfile.TemporaryDirectory(dir=work_dir) as aside:
         for i, net in enumerate(nets):
             folder = Path(aside) / str(i)
             folder.mkdir()
-            exported = runtime.export(lower(net, runtime.takes, inputs), folder, inputs)
+            exported = runtime.export(lower(net, runtime.takes, way), folder, way)
             runners.append(runtime.load(exported[0], target_for(net, target)))
         calls = [[runner.bind(arrays) for arrays in timed] for runner in runners]
         blocks = benchmark.interleave(calls, budget_s=1.5 * len(nets), min_blocks=20, seed=0)

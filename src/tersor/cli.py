@@ -189,13 +189,37 @@ def measure(
     ] = "test",
     weights: Weights = None,
     partial: Partial = False,
+    all_runtimes: Annotated[
+        bool, option("--all-runtimes", None, "one table over every runtime that is here")
+    ] = False,
+    runtime: Annotated[
+        list[str] | None,
+        option("--runtime", "NAME", "of these only (repeatable)", complete="runtimes"),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a network, a model file or an artifact on its target."""
-    from tersor import _cli_measure
+    """Measure a network, a model file or an artifact on its target, or on every runtime.
+
+    A runtime that is not here, or does not run the network, is a row that says why.
+    """
+    from tersor import _cli_measure, _cli_survey
 
     del debug
+    if all_runtimes or runtime:
+        code = _cli_survey.survey(
+            subject,
+            data=data,
+            runtimes=runtime or [],
+            metrics=metric or [],
+            batch=batch,
+            threads=threads,
+            split=split,
+            weights=weights,
+            partial=partial,
+            as_json=json,
+        )
+        raise typer.Exit(code)
     code = _cli_measure.measure(
         subject,
         data=data,

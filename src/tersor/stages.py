@@ -254,7 +254,7 @@ class Run:
 
     def _measured(self, net: Any, folder: Path) -> State:
         sample = arrays_of(next(iter(self.data.validation or ())), self.inputs.example)
-        candidate = export(net, folder, self.inputs, self.recipe.target, sample)
+        candidate = export(net, folder, self.inputs, self.recipe.target, sample, batch=self.batch)
         return State(net=net, candidate=candidate, scores=self._scores(candidate))
 
     def _scores(self, candidate: Candidate) -> Scores:

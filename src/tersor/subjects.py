@@ -1,5 +1,6 @@
 """What can be measured: an artifact, its directory, or a bare model file; and inputs for it."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,25 +10,18 @@ import numpy as np
 
 from tersor.core import plugins
 from tersor.core.artifact import Artifact
-from tersor.core.errors import DataError, ModelError, TargetError, suggest
+from tersor.core.errors import DataError, ModelError, TargetError
+from tersor.core.hardware import probe
 from tersor.core.manifest import MANIFEST
 from tersor.core.packing import is_packed, unpacked
-from tersor.core.runtime import Arrays, Runner, Target
+from tersor.core.remote import Child, ChildError, signatures
+from tersor.core.runtime import Arrays, Runner, Signature, Target
+from tersor.core.schema import to_plain
 
-RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch_export"}
-"""The runtime of a bare model file where no target is given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Signature:
-    """One input of a network."""
-
-    shape: tuple[int | str, ...]
-    """A word where the size is free; the first one is then the batch."""
-    dtype: str
-    """numpy's name."""
-    usual: tuple[int, ...] | None = None
-    """A shape it was called with."""
+TRIAL_S = 120.0
+"""Longest time that reading, loading or running a file that is no artifact may take at first."""
+_LEAST, _SHARE = 1 << 30, 0.8
+"""Bytes that it may allocate meanwhile: this share of what is free, but so many at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +45,7 @@ class Place:
         if self.artifact is not None:
             return self.artifact.load(device=self.target.device, threads=self.target.threads)
         runtime = plugins.runtime(self.target.runtime)
-        if self.target.device not in runtime.devices:
-            raise TargetError(
-                f"runtime {self.target.runtime!r} has no device {self.target.device!r}."
-                f"{suggest(self.target.device, runtime.devices)} "
-                f"It has {', '.join(runtime.devices)}"
-            )
+        plugins.check_device(self.target)
         plugins.require("runtimes", self.target.runtime, runtime.to_run)
         return runtime.open(self.files[0], self.target)
 
@@ -82,7 +71,7 @@ def place(
     """Find out what `subject` is.
 
     Args:
-        subject: An Artifact, its directory, or a model file (.onnx, .xml, .pt2).
+        subject: An Artifact, its directory, or a model file (.onnx, .xml, .pt2 ...).
         target: Where to run a bare file; an artifact has its own.
         threads: Instead of the target's; 0 means all usable cores.
 
@@ -147,29 +136,80 @@ def fitting(found: Place, batches: Sequence[Arrays]) -> list[Arrays]:
     )
 
 
+def suffixes() -> dict[str, str]:
+    """Map the endings of model files to the runtime that runs them where none is named."""
+    found: dict[str, str] = {}
+    for name in plugins.names("runtimes"):
+        for suffix in plugins.own_runtime(name).suffixes:
+            found.setdefault(suffix, name)
+    return found
+
+
 def _bare(path: Path, target: Target | None, threads: int | None) -> Place:
     if is_packed(path):
         with unpacked(path) as inner:
-            if inner.suffix not in RUNTIMES:
+            if inner.suffix not in suffixes():
                 raise ModelError(
                     f"{path.name!r} holds {inner.name!r}, which cannot be run without its "
                     "artifact; give the artifact's folder"
                 )
             found = _bare(inner, target, threads)
         return replace(found, name=str(path), files=(path,))
+    known = suffixes()
     if target is None:
-        if path.suffix not in RUNTIMES:
+        if path.suffix not in known:
             raise ModelError(
                 f"{path.name!r} is neither an artifact nor a model file that tersor runs "
-                f"({', '.join(RUNTIMES)})"
+                f"({', '.join(known)})"
             )
-        target = Target(runtime=RUNTIMES[path.suffix])
+        target = Target(runtime=known[path.suffix])
     target = _threaded(target, threads)
     beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else []
     if path.suffix == ".onnx":
         beside = [f for f in (path.with_name(path.name + ".data"),) if f.is_file()]
-    files = (path, *beside)
-    return Place(name=str(path), target=target, files=files, inputs=_signature(path))
+    plugins.check_device(target)
+    place = Place(name=str(path), target=target, files=(path, *beside), inputs={})
+    runtime = plugins.runtime(target.runtime)
+    plugins.require("runtimes", target.runtime, runtime.to_run)
+    if runtime.inputs is None:
+        raise ModelError(
+            f"{target.runtime} runs artifacts only, not {path.name!r}: the file does not say what "
+            "it takes, or is code; compress to this target, and give the artifact"
+        )
+    if plugins.own_runtime(target.runtime).native:
+        return _tried(place)
+    return replace(place, inputs=runtime.inputs(path))
+
+
+def _tried(found: Place) -> Place:
+    """Let a child process read, load and run a file that nobody vouches for, within a budget.
+
+    Raises:
+        ModelError: it crashes, or takes too long. TersorError: what the runtime says of it.
+    """
+    name, path = found.target.runtime, found.files[0]
+    free = probe().available_bytes
+    most = None if free is None else max(_LEAST, int(free * _SHARE))
+    child = Child(name, plugins.interpreter(name), memory_bytes=most)
+    about = {"file": str(path.resolve()), "target": to_plain(found.target)}
+    try:
+        answer = child.ask("inputs", seconds=TRIAL_S, file=about["file"])
+        found = replace(found, inputs=signatures(answer))
+        child.ask("load", seconds=TRIAL_S, **about)
+        fixed = [s.shape[0] for s in found.inputs.values() if s.shape and s.shape[0] != "batch"]
+        batch = next((size for size in fixed if isinstance(size, int)), 1)
+        with contextlib.suppress(DataError):  # a free size that only data can tell
+            (arrays,) = made_inputs(found, batch, count=1)
+            call = child.ask("bind", arrays, seconds=TRIAL_S).fields["call"]
+            child.ask("time", seconds=TRIAL_S, call=call)
+    except ChildError as error:
+        raise ModelError(
+            f"{path.name}: {error} on a first try in a process of its own; the file is damaged, "
+            "or needs more than this machine has"
+        ) from error
+    finally:
+        child.close()
+    return found
 
 
 def _threaded(target: Target, threads: int | None) -> Target:
@@ -182,69 +222,6 @@ def _from_manifest(entry: Mapping[str, Any]) -> Signature:
     free = {int(axis): word for axis, word in entry.get("dynamic", {}).items()}
     shape = tuple(free.get(axis, size) for axis, size in enumerate(entry["shape"]))
     return Signature(shape=shape, dtype=entry["dtype"], usual=tuple(entry["shape"]))
-
-
-def _signature(path: Path) -> dict[str, Signature]:
-    """Read the inputs of a model file through the runtime that is installed for it."""
-    if path.suffix == ".pt2":
-        inputs = plugins.source("exported").load(str(path)).inputs
-        assert inputs is not None
-        return {
-            name: Signature(
-                shape=tuple(inputs.dynamic.get(name, {}).get(i, n) for i, n in enumerate(t.shape)),
-                dtype=str(t.dtype).removeprefix("torch."),
-                usual=tuple(t.shape),
-            )
-            for name, t in inputs.example.items()
-        }
-    if path.suffix == ".onnx" and plugins.installed("onnxruntime"):
-        return _of_onnx(path)
-    plugins.require("runtimes", "openvino", ("openvino",))
-    return _of_openvino(path)
-
-
-def _of_onnx(path: Path) -> dict[str, Signature]:
-    import onnxruntime
-
-    names = {"float": "float32", "double": "float64"}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0].split(" : ")[-1][:300]
-        raise ModelError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
-    found = {}
-    for each in session.get_inputs():
-        kind = each.type.removeprefix("tensor(").removesuffix(")")
-        shape = tuple(
-            n if isinstance(n, int) else str(n or f"axis {i}") for i, n in enumerate(each.shape)
-        )
-        found[each.name] = Signature(shape=shape, dtype=names.get(kind, kind))
-    return found
-
-
-def _of_openvino(path: Path) -> dict[str, Signature]:
-    import openvino
-
-    try:
-        model = openvino.Core().read_model(path)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[-1][:300]
-        raise ModelError(f"OpenVINO cannot read {path.name}: {reason}") from error
-    return {
-        port.get_any_name(): Signature(
-            shape=tuple(
-                n.get_length() if n.is_static else f"axis {i}"
-                for i, n in enumerate(port.get_partial_shape())
-            ),
-            dtype=str(port.get_element_type().to_dtype()),
-        )
-        for port in model.inputs
-    }
 
 
 def _sized(found: Place, name: str, signature: Signature, batch: int) -> tuple[int, ...]:

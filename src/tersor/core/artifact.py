@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from tersor.core import files as disk
 from tersor.core import plugins
-from tersor.core.errors import ArtifactError, TargetError, suggest
+from tersor.core.errors import ArtifactError
 from tersor.core.files import lock as lock
 from tersor.core.files import why
 from tersor.core.manifest import MANIFEST, REPORT, check_names, check_sizes, make, read
@@ -133,11 +133,7 @@ class Artifact:
         if threads is not None:
             target = replace(target, options={**target.options, "threads": threads})
         runtime = plugins.runtime(target.runtime)
-        if target.device not in runtime.devices:
-            raise TargetError(
-                f"runtime {target.runtime!r} has no device {target.device!r}."
-                f"{suggest(target.device, runtime.devices)} It has {', '.join(runtime.devices)}"
-            )
+        plugins.check_device(target)
         plugins.require("runtimes", target.runtime, runtime.to_run)
         return runtime.open(self.model_files[0], target)
 

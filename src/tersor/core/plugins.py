@@ -19,10 +19,10 @@ from typing import Any, get_type_hints
 
 from tersor.core import environments, remote
 from tersor.core.deployment import Deployment
-from tersor.core.errors import DependencyError, RecipeError, TersorError, suggest
+from tersor.core.errors import DependencyError, RecipeError, TargetError, TersorError, suggest
 from tersor.core.metric import Metric
 from tersor.core.model import Inputs, Source
-from tersor.core.runtime import Form, Runtime
+from tersor.core.runtime import Form, Runtime, Target
 from tersor.core.technique import Technique
 
 FAMILIES = (
@@ -182,13 +182,32 @@ def own_runtime(name: str) -> Runtime:
     return found
 
 
+def check_device(target: Target) -> None:
+    """Refuse a device that the target's runtime does not have.
+
+    Raises:
+        TargetError: the nearest one is suggested.
+    """
+    devices = own_runtime(target.runtime).devices
+    if target.device not in devices:
+        raise TargetError(
+            f"runtime {target.runtime!r} has no device {target.device!r}."
+            f"{suggest(target.device, devices)} It has {', '.join(devices)}"
+        )
+
+
+def interpreter(name: str, *, export: bool = False) -> Path:
+    """Return the Python that has the packages which a runtime runs with, and exports with."""
+    found = own_runtime(name)
+    packages = (*found.to_export, *found.to_run) if export else found.to_run
+    here = all(installed(package) for package in packages)
+    return (None if here else environments.python(name)) or Path(sys.executable)
+
+
 def apart(name: str) -> Runtime:
     """Return a runtime that does all its work in child processes, so that crashes stay there."""
     found = own_runtime(name)
-    packages = (*found.to_export, *found.to_run)
-    here = all(installed(package) for package in packages)
-    python = None if here else environments.python(name)
-    return remote.driven(name, found, python or sys.executable, hand_over(found.takes))
+    return remote.driven(name, found, interpreter(name, export=True), hand_over(found.takes))
 
 
 def hand_over(form: Form) -> remote.HandOver:

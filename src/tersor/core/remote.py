@@ -1,11 +1,10 @@
 """A runtime in a child process: in an environment of its own, or apart so that a crash stays there.
 
 Nothing that runs in the child comes from a message: it says which of the runtime's functions to
-call, and carries arrays. Times are taken in the child, so what the way between costs is not in them.
+call, and carries arrays. Times are taken in the child, so the way there and back is not in them.
 """
 
 import contextlib
-import os
 import select
 import signal
 import subprocess
@@ -54,6 +53,10 @@ def command(python: str | Path, *words: str) -> list[str]:
     return [str(python), "-c", _START, str(_PACKAGE), *words]
 
 
+class ChildError(TargetError):
+    """The process died, or took too long; not something that the runtime said."""
+
+
 class Child:
     """A process that runs one runtime, and is asked one thing at a time."""
 
@@ -82,7 +85,7 @@ class Child:
             stderr=self.log,
             start_new_session=True,  # an interrupt is for us, not for it
         )
-        self._end = weakref.finalize(self, _kill, self.process)
+        self._end = weakref.finalize(self, _kill, self.process, self.log)
 
     def ask(
         self,
@@ -95,7 +98,7 @@ class Child:
         """Let it do something, and wait for the answer.
 
         Raises:
-            TersorError: what it raised. TargetError: it died, or took longer than `seconds`.
+            TersorError: what it raised. ChildError: it died, or took longer than `seconds`.
         """
         drop, self.dropped = self.dropped, []
         stdin, stdout = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)
@@ -103,12 +106,12 @@ class Child:
             send(stdin, Message(fields={"do": what, "drop": drop, **fields}, arrays=arrays or {}))
             if seconds is not None and not select.select([stdout], [], [], seconds)[0]:
                 self.close()
-                raise TargetError(f"{self.name} did not finish within {seconds:g} s; stopped")
+                raise ChildError(f"{self.name} did not finish within {seconds:g} s")
             answer = receive(stdout)
         except (OSError, ValueError):
             answer = None
         if answer is None:
-            raise TargetError(f"{self.name} {self._last_words()}")
+            raise ChildError(f"{self.name} {self._last_words()}")
         if "error" in answer.fields:
             kind = getattr(errors, str(answer.fields["error"]), TargetError)
             known = isinstance(kind, type) and issubclass(kind, TersorError)
@@ -118,8 +121,6 @@ class Child:
     def close(self) -> None:
         """End the process."""
         self._end()
-        with contextlib.suppress(OSError):
-            self.log.close()
 
     def _last_words(self) -> str:
         code = self.process.wait()
@@ -134,8 +135,8 @@ class Child:
         return f"{how}{': ' + last[:300] if last else ''}"
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    for stream in (process.stdin, process.stdout):
+def _kill(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    for stream in (process.stdin, process.stdout, log):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
@@ -272,13 +273,3 @@ def signatures(answer: Message) -> dict[str, Signature]:
 
 def _about(path: Path, target: Target) -> dict[str, Any]:
     return {"file": str(path.resolve()), "target": to_plain(target)}
-
-
-def usable_memory() -> int | None:
-    """Return the bytes that a trial may allocate: what is free now, less a reserve."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
-    return max(1 << 30, int(free * 0.8))

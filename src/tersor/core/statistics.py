@@ -133,11 +133,37 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
     Below six values it is their whole range, which then covers less than 95 %.
     """
     ordered = np.sort(values)
-    count = ordered.size
+    below = _at_most(ordered.size, 0.5)
+    rank = max(0, int((2 * below <= 0.05).sum()) - 1)
+    return float(ordered[rank]), float(ordered[ordered.size - 1 - rank])
+
+
+def quantile_interval(values: np.ndarray, share: float) -> tuple[float, float] | None:
+    """Return the 95 % order-statistic (binomial) interval of a quantile.
+
+    None where there are too few values to bound it from above: a 90th percentile needs 36.
+    """
+    ordered = np.sort(values)
+    below = _at_most(ordered.size, share)
+    low = int((below <= 0.025).sum()) - 1
+    high = int((below < 0.975).sum()) + 1
+    if low < 0 or high > ordered.size - 1:
+        return None
+    return float(ordered[low]), float(ordered[high])
+
+
+def _at_most(count: int, share: float) -> np.ndarray:
+    """Return the chances that at most 0 ... count of so many values lie below a quantile."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
-    chances = np.exp(logs[count] - logs - logs[::-1] - count * math.log(2))
-    rank = max(0, int((2 * np.cumsum(chances) <= 0.05).sum()) - 1)
-    return float(ordered[rank]), float(ordered[count - 1 - rank])
+    successes = np.arange(count + 1)
+    chances = np.exp(
+        logs[count]
+        - logs
+        - logs[::-1]
+        + successes * math.log(share)
+        + (count - successes) * math.log1p(-share)
+    )
+    return np.cumsum(chances)
 
 
 def wilson(hits: float, count: int) -> tuple[float, float]:

@@ -3,12 +3,12 @@
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from tersor.core import plugins, remote
 from tersor.core.errors import TargetError
 from tersor.core.metric import Measurement, Subject, metric
 from tersor.core.schema import to_plain
@@ -68,7 +68,8 @@ def _measure(subject: Subject) -> dict[str, float]:
         (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
         arrays = {name: np.asarray(array) for name, array in subject.inputs[0].items()}
         np.savez(folder / "inputs.npz", **arrays)  # type: ignore[arg-type]  # the stub's allow_pickle
-        command = [sys.executable, "-m", "tersor.metrics._child", str(folder)]
+        python = plugins.interpreter(subject.target.runtime)
+        command = remote.command(python, "memory", str(folder))
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False

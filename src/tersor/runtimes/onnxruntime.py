@@ -8,10 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import ModelError, TargetError
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs
-from tersor.core.runtime import Arrays, OperatorTime, RanOperator, Runner, Runtime, Target
+from tersor.core.runtime import (
+    Arrays,
+    OperatorTime,
+    RanOperator,
+    Runner,
+    Runtime,
+    Signature,
+    Target,
+)
 from tersor.core.timing import middle_mean
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -30,6 +38,34 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
 def load(path: Path, target: Target) -> Runner:
     """Start a session with all graph optimizations, computing in the precision of the file."""
     return _Runner(_session(path, target), target.device)
+
+
+def inputs(path: Path) -> Mapping[str, Signature]:
+    """Read names, shapes and types without optimizing.
+
+    Raises:
+        ModelError: it is no model that this version reads.
+    """
+    import onnxruntime
+
+    names = {"float": "float32", "double": "float64"}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise ModelError(f"ONNX Runtime cannot load {path.name}: {_plain(error)}") from error
+    found = {}
+    for each in session.get_inputs():
+        kind = each.type.removeprefix("tensor(").removesuffix(")")
+        shape = tuple(
+            n if isinstance(n, int) else str(n or f"axis {i}") for i, n in enumerate(each.shape)
+        )
+        found[each.name] = Signature(shape=shape, dtype=names.get(kind, kind))
+    return found
 
 
 def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[OperatorTime]:
@@ -151,6 +187,8 @@ RUNTIME = Runtime(
     load=load,
     profile=profile,
     fused=fused,
+    inputs=inputs,
+    suffixes=(".onnx",),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("onnx", "onnxscript"),
     to_run=("onnxruntime",),

@@ -1,16 +1,24 @@
 """OpenVINO on the CPU."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import ModelError, TargetError
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs
-from tersor.core.runtime import Arrays, OperatorTime, RanOperator, Runner, Runtime, Target
+from tersor.core.runtime import (
+    Arrays,
+    OperatorTime,
+    RanOperator,
+    Runner,
+    Runtime,
+    Signature,
+    Target,
+)
 from tersor.core.timing import middle_mean
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -36,6 +44,30 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
 def load(path: Path, target: Target) -> Runner:
     """Compile for latency, in fp32 unless a step chose another precision."""
     return _Runner(_compiled(path, target))
+
+
+def inputs(path: Path) -> Mapping[str, Signature]:
+    """Read names, shapes and types.
+
+    Raises:
+        ModelError: it is no model that this version reads.
+    """
+    import openvino
+
+    try:
+        model = openvino.Core().read_model(path)
+    except Exception as error:
+        raise ModelError(f"OpenVINO cannot read {path.name}: {_plain(error)}") from error
+    return {
+        port.get_any_name(): Signature(
+            shape=tuple(
+                n.get_length() if n.is_static else f"axis {i}"
+                for i, n in enumerate(port.get_partial_shape())
+            ),
+            dtype=str(port.get_element_type().to_dtype()),
+        )
+        for port in model.inputs
+    }
 
 
 def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[OperatorTime]:
@@ -140,6 +172,8 @@ RUNTIME = Runtime(
     load=load,
     profile=profile,
     fused=fused,
+    inputs=inputs,
+    suffixes=(".xml",),
     options=("threads", "precision"),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("openvino", "onnx", "onnxscript"),

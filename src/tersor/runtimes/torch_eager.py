@@ -36,6 +36,7 @@ RUNTIME = Runtime(
     devices=("cpu", "cuda"),
     export=export,
     load=load,
+    native=False,
     options=("threads", "precision"),
     weights=("fp8_e4m3", "fp8_e5m2"),
     own_operators=True,

@@ -1,12 +1,13 @@
 """PyTorch, from an exported program (`.pt2`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tersor.core import plugins
 from tersor.core.errors import ModelError, TargetError
 from tersor.core.model import Inputs
-from tersor.core.runtime import Runner, Runtime, Target
+from tersor.core.runtime import Runner, Runtime, Signature, Target
 
 
 def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
@@ -18,6 +19,24 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
     net._example_inputs = None
     torch.export.save(net, file)
     return [file]
+
+
+def inputs(path: Path) -> Mapping[str, Signature]:
+    """Read names, shapes and types after our own check of the file.
+
+    Raises:
+        ModelError: it is damaged, or reading it would run code.
+    """
+    inputs = plugins.source("exported").load(str(path)).inputs
+    assert inputs is not None
+    return {
+        name: Signature(
+            shape=tuple(inputs.dynamic.get(name, {}).get(i, n) for i, n in enumerate(t.shape)),
+            dtype=str(t.dtype).removeprefix("torch."),
+            usual=tuple(t.shape),
+        )
+        for name, t in inputs.example.items()
+    }
 
 
 def load(path: Path, target: Target) -> Runner:
@@ -38,6 +57,9 @@ RUNTIME = Runtime(
     devices=("cpu", "cuda"),
     export=export,
     load=load,
+    inputs=inputs,
+    suffixes=(".pt2",),
+    native=False,
     options=("threads", "precision"),
     weights=("fp8_e4m3", "fp8_e5m2"),
     own_operators=True,

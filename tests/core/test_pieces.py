@@ -1,0 +1,56 @@
+"""Batches in pieces, for networks that take one size."""
+
+import numpy as np
+import pytest
+import torch
+
+from tersor.core.errors import TargetError
+from tersor.core.pieces import InPieces, narrowed
+
+
+class Doubling:
+    """Takes two samples, no more and no fewer."""
+
+    def bind(self, inputs):
+        assert len(inputs["x"]) == 2
+
+        def call():
+            return {"y": 2 * inputs["x"] + inputs.get("shift", 0), "scale": np.array(2.0)}
+
+        return call
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_any_number_of_samples(count):
+    x = np.arange(count * 3.0).reshape(count, 3)
+    made = InPieces(Doubling(), 2).bind({"x": x})()
+    assert np.array_equal(made["y"], 2 * x)
+    assert made["scale"] == 2.0
+
+
+def test_inputs_without_samples_go_to_every_piece():
+    x, shift = np.ones((5, 1)), np.full(1, 10.0)
+    made = InPieces(Doubling(), 2, sampled=frozenset(["x"])).bind({"x": x, "shift": shift})()
+    assert np.array_equal(made["y"], np.full((5, 1), 12.0))
+
+
+def test_inputs_must_agree():
+    with pytest.raises(TargetError, match=r"inputs have different numbers of samples: \[1, 2\]"):
+        InPieces(Doubling(), 2).bind({"x": np.ones(2), "z": np.ones(1)})
+
+
+def test_closing_closes_what_is_inside():
+    inner = Doubling()
+    InPieces(inner, 2).close()
+    assert inner.closed
+
+
+def test_examples_are_narrowed_and_repeated():
+    example = {"x": torch.arange(2.0), "table": torch.ones(3)}
+    free = {"x": {0: "batch"}}
+    assert narrowed(example, 1, free)["x"].tolist() == [0.0]
+    assert narrowed(example, 5, free)["x"].tolist() == [0.0, 1.0, 0.0, 1.0, 0.0]
+    assert narrowed(example, 5, free)["table"].shape == (3,)

@@ -1,0 +1,112 @@
+"""Runtimes in child processes."""
+
+import gc
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+
+from tersor.core import plugins
+from tersor.core.errors import ModelError, TargetError
+from tersor.core.model import Inputs
+from tersor.core.remote import Child, ChildError
+from tersor.core.runtime import Target
+from tersor.core.timing import time_runs
+from tersor.ops.lower import lower
+from tests import networks
+
+WAY = Inputs(example={"x": torch.ones(2, 1, 8, 8)}, dynamic={"x": {0: "batch"}})
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Return the network, ONNX Runtime in child processes, and a file that it exported there."""
+    net = networks.tiny_cnn().eval()
+    apart = plugins.apart("onnxruntime")
+    folder = tmp_path_factory.mktemp("apart")
+    files = apart.export(lower(net, "onnx", WAY), folder, WAY)
+    return net, apart, files[0]
+
+
+def test_it_answers_as_in_memory(exported):
+    net, apart, file = exported
+    runner = apart.load(file, Target(runtime="onnxruntime", options={"threads": 1}))
+    x = np.random.default_rng(0).normal(size=(5, 1, 8, 8)).astype(np.float32)
+    call = runner.bind({"x": x})
+    (made,) = call().values()
+    with torch.no_grad():
+        assert np.allclose(made, net(torch.from_numpy(x)).numpy(), atol=1e-5)
+    assert 0 < time_runs([call], 0, 5).min() < 1000
+    runner.close()
+
+
+@pytest.mark.parametrize("name", ["torch_export", "torch_eager"])
+def test_modules_and_programs_are_handed_over(name, tmp_path):
+    net = networks.tiny_cnn().eval()
+    apart = plugins.apart(name)
+    files = apart.export(lower(net, apart.takes, WAY), tmp_path, WAY)
+    runner = apart.load(files[0], Target(runtime=name, options={"threads": 1}))
+    (made,) = runner.bind({"x": np.ones((3, 1, 8, 8), np.float32)})().values()
+    with torch.no_grad():
+        assert np.allclose(made, net(torch.ones(3, 1, 8, 8)).numpy(), atol=1e-5)
+    runner.close()
+
+
+def test_profile_fusions_and_inputs_come_through(exported):
+    _, apart, file = exported
+    target = Target(runtime="onnxruntime", options={"threads": 1})
+    batch = {"x": np.ones((2, 1, 8, 8), np.float32)}
+    assert any("Conv" in each.kind for each in apart.profile(file, target, [batch, batch]))
+    assert any(each.covers for each in apart.fused(file, target))
+    assert apart.inputs(file)["x"].shape[1:] == (1, 8, 8)
+
+
+def test_its_errors_are_ours(exported, tmp_path):
+    _, apart, _ = exported
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"no model")
+    with pytest.raises(TargetError, match=r"ONNX Runtime cannot load bad\.onnx"):
+        apart.load(bad, Target(runtime="onnxruntime"))
+    with pytest.raises(ModelError, match=r"ONNX Runtime cannot load bad\.onnx"):
+        apart.inputs(bad)
+
+
+def test_a_crash_is_an_error_and_names_the_signal(exported):
+    _, apart, file = exported
+    runner = apart.load(file, Target(runtime="onnxruntime"))
+    call = runner.bind({"x": np.ones((2, 1, 8, 8), np.float32)})
+    os.kill(runner.child.process.pid, signal.SIGSEGV)
+    with pytest.raises(ChildError, match=r"onnxruntime crashed \(SIGSEGV\)"):
+        call()
+    runner.close()
+
+
+def test_what_takes_too_long_is_stopped():
+    child = Child("onnxruntime", sys.executable)
+    os.kill(child.process.pid, signal.SIGSTOP)
+    began = time.perf_counter()
+    with pytest.raises(ChildError, match=r"onnxruntime did not finish within 0\.2 s"):
+        child.ask("inputs", seconds=0.2, file="x")
+    assert time.perf_counter() - began < 5
+    assert child.process.poll() is not None
+
+
+def test_calls_that_are_forgotten_are_freed_there(exported):
+    _, apart, file = exported
+    runner = apart.load(file, Target(runtime="onnxruntime"))
+    x = {"x": np.ones((2, 1, 8, 8), np.float32)}
+    first, second = runner.bind(x), runner.bind(x)
+    del first
+    gc.collect()
+    assert runner.child.dropped == [1]
+    second()
+    assert runner.child.dropped == []
+    with pytest.raises(TargetError, match="KeyError: 1"):
+        runner.child.ask("run", call=1)
+    runner.close()
