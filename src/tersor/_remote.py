@@ -22,7 +22,7 @@ from tersor.core.wire import Message, receive, send
 
 
 def main(words: Sequence[str]) -> None:
-    """Run `memory FOLDER`, or answer until the other side closes the pipe.
+    """Run `memory FOLDER`, `saved_model FOLDER`, or answer until the other side closes the pipe.
 
     `serve RUNTIME [BYTES]` runs networks; `convert SOURCE [BYTES]` writes them as ONNX.
     """
@@ -30,6 +30,11 @@ def main(words: Sequence[str]) -> None:
         from tersor.metrics import _child
 
         _child.main(Path(words[1]))
+        return
+    if words[0] == "saved_model":
+        from tersor.deployments import _savedmodel
+
+        _savedmodel.main(Path(words[1]))
         return
     if len(words) > 2:
         _limit(int(words[2]))
