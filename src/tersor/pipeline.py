@@ -229,7 +229,7 @@ def compress(
             seconds=time.perf_counter() - started,
         )
         origin = None if guide is None else guide.origin
-        made = _write(out, run, before, current, report, mark, origin)
+        made = _write(out, run, before, current, report, mark, origin, model.processor)
         workspace.remove(work)
     return made
 
@@ -294,8 +294,9 @@ def _write(
     report: Report,
     mark: Mapping[str, str],
     teacher: str | None,
+    processor: Sequence[Path],
 ) -> Artifact:
-    """Write the artifact, with the untouched original beside the result."""
+    """Write the artifact, with the untouched original and the processor beside the result."""
     manifest = {
         "origin": report.origin,
         "recipe": run.recipe.plain(),
@@ -319,6 +320,8 @@ def _write(
         report=replace(report, after=report.before, stages=(), ratios=(), limits=()),
     )
     folders = {"original": sorted(original.path.iterdir())}
+    if processor:
+        folders["processor"] = list(processor)
     if after.folder is not None:  # what a later training or run would go on from
         folders["network"] = [f for f in sorted(after.folder.iterdir()) if f.stem in _NETWORK]
     return artifact.write_artifact(
