@@ -10,11 +10,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tersor.sources._renames import Prefix, Rename, find_prefix, find_renames, layer_of
+from tersor.sources._renames import Prefix, find_prefix, find_renames, layer_of, pattern_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SHOWN = 4
+_WORTH = 0.1
+"""Share of a network's entries that must fit for a partial load to be proposed."""
+_STRANGE = 0.8
+"""Share of entries without an explanation from which on the file belongs to another network."""
+_FEW = 10
+"""Entries of a network, up to which shares say nothing."""
 _WRAPPERS = {
     "module.": "saved from DataParallel",
     "_orig_mod.": "saved from torch.compile",
@@ -113,18 +119,17 @@ def explain(found: Comparison) -> str:
     rest = found
     if prefix is not None:
         rest = found.renamed(prefix)
-        how = _WRAPPERS.get(prefix.old)
-        whole = "all" if rest.fits else f"{len(rest.good)} of {len(found.wanted)}"
-        said.append((f"{how}: " if how else "") + f"with {prefix} {whole} entries fit")
+        how = f"{_WRAPPERS[prefix.old]}: " if prefix.old in _WRAPPERS else ""
+        total = len(rest.good) + len(rest.missing) + len(rest.wrong)
+        whole = "all" if rest.fits else f"{len(rest.good)} of {total}"
+        said.append(f"{how}with {prefix} {whole} entries fit")
     said += findings(rest)
     lines = [f"likely {'; '.join(said)}"] if said else []
     if prefix is not None and rest.fits:
         lines[0] += "; --partial does that"
-    elif rest.good:
-        lines.append(
-            f"--partial loads the {len(rest.good)} entries that fit"
-            + (" under their new names" if prefix is not None else "")
-        )
+    elif len(rest.good) >= _WORTH * len(found.wanted):
+        count = _count(len(rest.good), "entry that fits", "entries that fit")
+        lines.append(f"--partial loads the {count}" + (" then" if prefix is not None else ""))
     return "\n".join(lines)
 
 
@@ -134,13 +139,17 @@ def findings(found: Comparison) -> list[str]:
     if other:
         return other[:1]
     said = []
+    rest = found
     for look in (_projections, _renamed, _folded, _depth, _head, _turned, _width):
-        text, explained = look(found)
+        text, explained = look(rest)
         if text:
             said.append(text)
-            found = found.without(explained)
-    if not said and len(found.given) > 3 and len(found.good) < 0.1 * len(found.wanted):
-        said.append("the file of another network: hardly an entry agrees")
+            rest = rest.without(explained)
+    left = len(rest.missing) + len(rest.unexpected) + len(rest.wrong)
+    total = left + len(found.good)
+    if total > _FEW and left > _STRANGE * total:
+        agreeing = _count(len(found.good), "entry agrees", "entries agree")
+        return [f"the file of another network: {agreeing} of {len(found.given)}"]
     return said
 
 
@@ -152,9 +161,9 @@ def _projections(found: Comparison) -> tuple[str, set[str]]:
     ):
         shapes = {**found.given, **found.wanted}
         explained: set[str] = set()
-        example = ""
-        for name in one:
-            near = [
+        examples: list[str] = []
+        for name in sorted(one, key=_ending, reverse=True):
+            near = sorted(
                 n
                 for n in three
                 if _root(n) == _root(name)
@@ -163,12 +172,13 @@ def _projections(found: Comparison) -> tuple[str, set[str]]:
                 and shapes[n][1:] == shapes[name][1:]
                 and _ending(n) == _ending(name)
                 and re.search(r"(^|[._])(q|k|v|query|key|value)(_|\.|$)", n[len(_root(n)) :])
-            ]
+            )
             if len(near) == 3:
-                example = example or f"{', '.join(near)} and {name}"
+                apart = ", ".join(layer_of(n) for n in sorted(near, key=_position))
+                examples.append(f"{apart} and {layer_of(name)}")
                 explained |= {name, *near}
         if explained:
-            return f"query, key and value are {where} ({example})", explained
+            return f"query, key and value are {where} ({examples[0]})", explained
     return "", set()
 
 
@@ -177,10 +187,16 @@ def _renamed(found: Comparison) -> tuple[str, set[str]]:
     pairs = find_renames(found.given, found.wanted, found.unexpected, found.missing)
     if not pairs:
         return "", set()
-    layers = dict.fromkeys(Rename(old=layer_of(a), new=layer_of(b)) for a, b in pairs)
-    shown = ", ".join(f"{each.old} -> {each.new}" for each in list(layers)[:_SHOWN])
-    more = f" and {len(layers) - _SHOWN} layers more" if len(layers) > _SHOWN else ""
-    text = f"renamed: {shown}{more} ({_count(len(pairs), 'entry', 'entries')} of the same shapes)"
+    examples: dict[tuple[str, str], str] = {}
+    for a, b in pairs:
+        layers = layer_of(a), layer_of(b)
+        shown = (a, b) if layers[0] == layers[1] else layers
+        examples.setdefault((pattern_of(shown[0]), pattern_of(shown[1])), " -> ".join(shown))
+    more = f" and {len(examples) - _SHOWN} kinds more" if len(examples) > _SHOWN else ""
+    text = (
+        f"renamed, {_count(len(pairs), 'entry', 'entries')} of the same shapes: "
+        f"{', '.join(list(examples.values())[:_SHOWN])}{more}"
+    )
     return text, {name for pair in pairs for name in pair}
 
 
@@ -188,7 +204,12 @@ def _folded(found: Comparison) -> tuple[str, set[str]]:
     """Batch norms that the file has in its convolutions' weights and biases."""
     norms = {layer_of(n) for n in found.missing if n.endswith(".running_mean")}
     of_norms = [n for n in found.missing if layer_of(n) in norms]
-    biases = [n for n in found.unexpected if n.endswith(".bias")]
+    weights = (f"{layer_of(n)}.weight" for n in found.unexpected)
+    biases = [
+        n
+        for n, weight in zip(found.unexpected, weights, strict=True)
+        if n.endswith(".bias") and weight in found.given and weight in found.wanted
+    ]
     if not norms or len(biases) < len(norms):
         return "", set()
     text = f"the file's {len(norms)} batch norms are folded into the layers before them: build "
@@ -220,7 +241,7 @@ def _depth(found: Comparison) -> tuple[str, set[str]]:
         f"{'' if len(places) == 1 else 'each '}in the file, {ours} in the network"
         for (theirs, ours), places in sorted(counts.items())
     ]
-    return f"another depth: {', '.join(parts)}", explained
+    return f"another depth: {', '.join(parts)}; build it with the file's", explained
 
 
 def _head(found: Comparison) -> tuple[str, set[str]]:
@@ -251,11 +272,13 @@ def _head(found: Comparison) -> tuple[str, set[str]]:
             said = f"another head: {name!r} with {found.given[other[-1]][0]} outputs in the file, "
             said += f"{head!r} with {found.wanted[own[0]][0]} in the network"
             return said, {*missing, *gone}
-        return f"{only}the head {head!r} is missing in the file", set(missing)
+        return f"{only}the head {head!r} is not in the file", set(missing)
     if not found.missing and not found.wrong and found.unexpected:
         layers = dict.fromkeys(map(layer_of, found.unexpected))
         if len(layers) <= 2:
-            return f"the file has {_some(list(layers))} besides the network", set(found.unexpected)
+            has = "has" if len(layers) == 1 else "have"
+            said = f"only {_some(list(layers))} of the file {has} no place in the network"
+            return said, set(found.unexpected)
     return "", set()
 
 
@@ -290,7 +313,7 @@ def _width(found: Comparison) -> tuple[str, set[str]]:
     file, net = (", ".join(str(pair[side]) for pair in shown) for side in (0, 1))
     if len(layers) > 2:
         text = f"another width: {file} channels in the file where the network has {net} "
-        return text + f"({len(layers)} layers)", set(found.wrong)
+        return text + f"({len(layers)} layers); build it with the file's", set(found.wrong)
     text = f"{_some(sorted(layers))} differ{'s' * (len(layers) == 1)}: {file} in the file where "
     return text + f"the network has {net}", set(found.wrong)
 
@@ -314,6 +337,12 @@ def _root(name: str) -> str:
     ):
         parts.pop()
     return ".".join(parts)
+
+
+def _position(name: str) -> int:
+    """Order queries, keys, values."""
+    found = re.search(r"(^|[._])(q|k|v)[a-z]*(_|\.|$)", name)
+    return "qkv".index(found[2]) if found else 0
 
 
 def _ending(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -11,18 +11,12 @@ _SYNONYMS = {
     "gamma": "weight",
     "kernel": "weight",
     "beta": "bias",
+    "in_proj_weight": "weight",
+    "in_proj_bias": "bias",
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-"""Last parts of names in TensorFlow, and in PyTorch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rename:
-    """Something of the file's names that stands for something of the network's."""
-
-    old: str
-    new: str
+"""Last parts of names: TensorFlow's, and those of nn.MultiheadAttention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +76,9 @@ def find_renames(
 
     Names that differ only in their numbers are one group; a group of the file is a group of the
     network where both have as many entries, with the same shapes in the order of the numbers. Where
-    several fit, the more similar name decides; where none is more similar, nothing is said.
+    several fit, the more similar name decides; as many equally similar ones on both sides are
+    paired in order; else nothing is said. What is left is tried with the numbers of the layers
+    themselves (conv1, conv2) kept apart and, where most are paired, entry by entry.
 
     Args:
         given: Of the file.
@@ -90,29 +86,53 @@ def find_renames(
         unexpected: Names in the file only.
         missing: Names in the network only.
     """
-    theirs, ours = _groups(unexpected), _groups(missing)
-    scored = []
-    for a, group in theirs.items():
-        for b, other in ours.items():
-            if _last(a) == _last(b) and [given[n] for n in group] == [wanted[n] for n in other]:
-                scored.append((_similar(a, b), a, b))
-    scored.sort(key=lambda each: each[0], reverse=True)
-    pairs: list[tuple[str, str]] = []
-    used: set[str] = set()
-    for score, a, b in scored:
-        free = [s for s in scored if {s[1], s[2]} & {a, b} and not {s[1], s[2]} & used]
-        rivals = [s for s in free if s[0] == score and s[1:] != (a, b)]
-        if {a, b} & used or rivals:
-            continue
-        used |= {a, b}
-        pairs += zip(theirs[a], ours[b], strict=True)
     order = {name: i for i, name in enumerate(wanted)}
+    pairs: list[tuple[str, str]] = []
+    for mark in (pattern_of, _outer_numbers, str):
+        if mark is str and 2 * len(pairs) < min(len(unexpected), len(missing)):
+            break
+        done = {name for pair in pairs for name in pair}
+        theirs = _groups((n for n in unexpected if n not in done), mark)
+        ours = _groups((n for n in missing if n not in done), mark)
+        edges = {
+            (a, b): _similar(a, b)
+            for a, group in theirs.items()
+            for b, other in ours.items()
+            if _last(a) == _last(b) and [given[n] for n in group] == [wanted[n] for n in other]
+        }
+        for a, b in _matched(edges, {b: order[group[0]] for b, group in ours.items()}):
+            pairs += zip(theirs[a], ours[b], strict=True)
     return sorted(pairs, key=lambda pair: order[pair[1]])
+
+
+def _matched(
+    edges: Mapping[tuple[str, str], tuple[int, float]], order: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """Choose among the pairs that are possible, the most similar first."""
+    chosen: list[tuple[str, str]] = []
+    free = dict(edges)
+    while free:
+        best = max(free.values())
+        a, b = next(pair for pair, score in free.items() if score == best)
+        left = sorted({x for (x, y), score in free.items() if score == best and y == b})
+        right = sorted(
+            {y for (x, y), score in free.items() if score == best and x == a}, key=order.__getitem__
+        )
+        whole = all(free.get((x, y)) == best for x in left for y in right)
+        if whole and len(left) == len(right):
+            chosen += zip(left, right, strict=True)
+        gone = {*left, *right}
+        free = {pair: score for pair, score in free.items() if not gone & set(pair)}
+    return chosen
 
 
 def layer_of(name: str) -> str:
     """Return the layer that an entry belongs to."""
-    return name.rpartition(".")[0] or name
+    start, _, end = name.rpartition(".")
+    for kind in ("_weight", "_bias"):  # of nn.MultiheadAttention: in_proj_weight
+        if end.endswith(kind):
+            return f"{start}.{end.removesuffix(kind)}" if start else end.removesuffix(kind)
+    return start or name
 
 
 def _cuts(name: str) -> list[tuple[str, str]]:
@@ -121,12 +141,25 @@ def _cuts(name: str) -> list[tuple[str, str]]:
     return [(".".join(parts[:i]) + ".", ".".join(parts[i:])) for i in range(1, len(parts))]
 
 
-def _groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group names that differ in numbers only; each group in the order of the numbers."""
+def pattern_of(name: str) -> str:
+    """Return a name with a mark for each number."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _outer_numbers(name: str) -> str:
+    """Leave the numbers of the layer itself."""
+    outer, _, entry = name.rpartition(".")
+    above, _, layer = outer.rpartition(".")
+    own = "#" if layer.isdigit() else layer
+    return ".".join(part for part in (re.sub(r"\d+", "#", above), own, entry) if part)
+
+
+def _groups(names: Iterable[str], mark: Callable[[str], str]) -> dict[str, list[str]]:
+    """Group names of the same mark; each group in the order of the numbers."""
     groups: dict[str, list[tuple[tuple[int, ...], str]]] = {}
     for name in names:
         numbers = tuple(int(n) for n in re.findall(r"\d+", name))
-        groups.setdefault(re.sub(r"\d+", "#", name), []).append((numbers, name))
+        groups.setdefault(mark(name), []).append((numbers, name))
     return {key: [name for _, name in sorted(group)] for key, group in groups.items()}
 
 

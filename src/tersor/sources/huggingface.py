@@ -192,8 +192,8 @@ def _choose(config: dict[str, Any], folder: Path, how: Pooling) -> type[Any]:
         name = bases[0]
     if config.get("is_encoder_decoder"):
         raise ModelError(
-            f"{where}: {name or kind!r} has an encoder and a decoder; only networks that are called "
-            "once are read: encoders, classifiers and causal language models"
+            f"{where}: {name or kind!r} has an encoder and a decoder; networks with one "
+            "of them are read: encoders, classifiers and causal language models"
         )
     if name not in (*bases, *headed):
         raise ModelError(
