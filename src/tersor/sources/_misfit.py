@@ -127,10 +127,19 @@ def explain(found: Comparison) -> str:
     lines = [f"likely {'; '.join(said)}"] if said else []
     if prefix is not None and rest.fits:
         lines[0] += "; --partial does that"
-    elif len(rest.good) >= _WORTH * len(found.wanted):
+    elif not found.fits and _worth(rest):
         count = _count(len(rest.good), "entry that fits", "entries that fit")
         lines.append(f"--partial loads the {count}" + (" then" if prefix is not None else ""))
     return "\n".join(lines)
+
+
+def _worth(found: Comparison) -> bool:
+    """Tell whether enough fits for a partial load; batch counters always do."""
+    counts = [
+        sum(not name.endswith("num_batches_tracked") for name in names)
+        for names in (found.good, found.wanted)
+    ]
+    return counts[0] >= _WORTH * counts[1]
 
 
 def findings(found: Comparison) -> list[str]:
@@ -140,7 +149,7 @@ def findings(found: Comparison) -> list[str]:
         return other[:1]
     said = []
     rest = found
-    for look in (_projections, _renamed, _folded, _depth, _head, _turned, _width):
+    for look in (_projections, _folded, _renamed, _depth, _head, _turned, _width):
         text, explained = look(rest)
         if text:
             said.append(text)
@@ -192,7 +201,7 @@ def _renamed(found: Comparison) -> tuple[str, set[str]]:
         layers = layer_of(a), layer_of(b)
         shown = (a, b) if layers[0] == layers[1] else layers
         examples.setdefault((pattern_of(shown[0]), pattern_of(shown[1])), " -> ".join(shown))
-    more = f" and {len(examples) - _SHOWN} kinds more" if len(examples) > _SHOWN else ""
+    more = f" and {len(examples) - _SHOWN} more" if len(examples) > _SHOWN else ""
     text = (
         f"renamed, {_count(len(pairs), 'entry', 'entries')} of the same shapes: "
         f"{', '.join(list(examples.values())[:_SHOWN])}{more}"
@@ -272,7 +281,7 @@ def _head(found: Comparison) -> tuple[str, set[str]]:
             said = f"another head: {name!r} with {found.given[other[-1]][0]} outputs in the file, "
             said += f"{head!r} with {found.wanted[own[0]][0]} in the network"
             return said, {*missing, *gone}
-        return f"{only}the head {head!r} is not in the file", set(missing)
+        return f"{only}the head {head!r} is missing in the file", set(missing)
     if not found.missing and not found.wrong and found.unexpected:
         layers = dict.fromkeys(map(layer_of, found.unexpected))
         if len(layers) <= 2:

@@ -107,8 +107,8 @@ def _check_shard(folder: Path, shard: str, where: str, names: list[str]) -> None
         raise ModelError(f"{where} names a shard that is no safetensors file: {shard[:80]!r}")
     if not (folder / shard).is_file():
         raise ModelError(
-            f"{where}: shard {shard!r} is missing, which holds {len(names)} tensors "
-            f"({shorten(names)}); was the download complete?"
+            f"{where}: shard {shard!r} is missing, which holds {shorten(names)}; "
+            f"was the download complete?"
         )
     _safetensors.check(folder / shard)
 

@@ -29,7 +29,7 @@ from tersor.core import plugins
 from tersor.core.errors import ModelError
 from tersor.core.model import Inputs, Model, Source
 from tersor.sources._continued import from_artifact
-from tersor.sources._misfit import Comparison, compare, shorten
+from tersor.sources._misfit import Comparison, compare, findings, shorten
 from tersor.sources._pooling import Pooling, read_pooling
 from tersor.sources._shards import find_shards, read_json, shapes_of
 from tersor.sources._transformer import ImageNet, PairNet, TextNet
@@ -225,7 +225,7 @@ def _describe(kind: type[Any], config: dict[str, Any], folder: Path, shards: Any
         with torch.device("meta"):
             wanted = sum(p.numel() for p in kind(made).parameters())
     except Exception as error:  # whatever the library raises for a value it cannot use
-        raise ModelError(f"{where} cannot be used: {_first_line(error)}") from error
+        raise ModelError(f"{where} cannot be used: {_first_lines(error)}") from error
     held = sum(torch.Size(shape).numel() for shape in shapes.values())
     if wanted > 4 * held + (1 << 24):
         raise ModelError(
@@ -257,7 +257,7 @@ def _build(
         )
     except Exception as error:
         raise ModelError(
-            f"folder {str(folder)!r}: {kind.__name__} cannot be built: {_first_line(error)}"
+            f"folder {str(folder)!r}: {kind.__name__} cannot be built: {_first_lines(error)}"
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = _compared(model, info, shapes)
@@ -268,11 +268,11 @@ def _build(
             raise ModelError(misfit(what, kind.__name__, found))
         notes.append(left_out(what, kind.__name__, found))
     elif found.unexpected:
-        count = len(found.unexpected)
+        count, why = len(found.unexpected), findings(found)
         notes.append(
             f"{count} {'entry of the weights has' if count == 1 else 'entries of the weights have'}"
             f" no place in {kind.__name__} and {'is' if count == 1 else 'are'} left out: "
-            f"{shorten(found.unexpected)}"
+            f"{shorten(found.unexpected)}" + (f". Likely {'; '.join(why)}" if why else "")
         )
     assert isinstance(model, nn.Module)
     return model, tuple(notes)
@@ -346,9 +346,9 @@ def _offline() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def _first_lines(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
 
 
 SOURCE = Source(load=load)
