@@ -15,6 +15,8 @@ from tersor.sources._renames import Prefix, find_prefix, find_renames, layer_of,
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SHOWN = 4
+_COUNTER = "num_batches_tracked"
+"""Of a batch norm; nobody misses it."""
 _WORTH = 0.1
 """Share of a network's entries that must fit for a partial load to be proposed."""
 _STRANGE = 0.8
@@ -93,7 +95,9 @@ def compare(given: Shapes, wanted: Shapes, optional: Iterable[str] = ()) -> Comp
         given=given,
         wanted=wanted,
         missing=tuple(n for n in wanted if n not in given and n not in spare),
-        unexpected=tuple(n for n in given if n not in wanted),
+        unexpected=tuple(
+            sorted((n for n in given if n not in wanted), key=lambda n: n.endswith(_COUNTER))
+        ),
         wrong=tuple(n for n in wanted if n in given and given[n] != wanted[n]),
     )
 
@@ -136,8 +140,7 @@ def explain(found: Comparison) -> str:
 def _worth(found: Comparison) -> bool:
     """Tell whether enough fits for a partial load; batch counters always do."""
     counts = [
-        sum(not name.endswith("num_batches_tracked") for name in names)
-        for names in (found.good, found.wanted)
+        sum(not name.endswith(_COUNTER) for name in names) for names in (found.good, found.wanted)
     ]
     return counts[0] >= _WORTH * counts[1]
 
