@@ -73,7 +73,7 @@ def test_21_a_shard_that_is_a_pickle(folder):
     assert "names a shard that is no safetensors file: 'x.bin'" in refused(folder)
     (folder / B).write_bytes(pickle.dumps({}))
     index(folder, GOOD)
-    assert f"{B}': is a pickle, which can run code" in refused(folder)
+    assert f"{B}' is a pickle, which can run code" in refused(folder)
 
 
 def test_21_a_tensor_in_two_shards(folder):

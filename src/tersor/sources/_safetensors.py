@@ -36,7 +36,8 @@ def check(file: Path) -> None:
     """
     reason = _broken(file)
     if reason:
-        raise ModelError(f"weights {str(file)!r}: {reason}")
+        between = ":" if reason.startswith(("header", "tensor")) else ""
+        raise ModelError(f"weights {str(file)!r}{between} {reason}")
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -49,7 +50,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _broken(file: Path) -> str:
-    reason = foreign(file)
+    reason = foreign(file, instead="a safetensors file")
     if reason and not reason.startswith("is a safetensors"):
         return reason
     size = file.stat().st_size

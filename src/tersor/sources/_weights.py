@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from tersor.core.errors import ModelError
 from tersor.core.packing import is_packed
+from tersor.core.sniffing import PICKLED
 from tersor.sources import _safetensors
 from tersor.sources._misfit import Comparison, compare, explain, findings, lists, shorten
 from tersor.sources._renames import find_prefix
 
-_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 _CONVERT = (
     "convert it once, where you trust it: "
-    "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors')"
+    "safetensors.torch.save_file({load}, 'weights.safetensors')"
 )
+_LOADS = {".joblib": "joblib.load(FILE)", ".dill": "dill.load(open(FILE, 'rb'))"}
 
 
 def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...]:
@@ -34,10 +35,13 @@ def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...
     Raises:
         ModelError: the file is a pickle, damaged, or does not fit; lists what, and likely renames.
     """
-    if file.suffix.lower() in _PICKLED:
+    if file.suffix.lower() in PICKLED:
+        convert = _CONVERT.format(
+            load=_LOADS.get(file.suffix.lower(), "torch.load(FILE, weights_only=True)")
+        )
         raise ModelError(
             f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when "
-            f"loaded, and are not read; {_CONVERT}"
+            f"loaded, and are not read; {convert}"
         )
     if is_packed(file):
         raise ModelError(
