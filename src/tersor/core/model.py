@@ -35,8 +35,8 @@ class Model:
     """How to call it, where the source knows; else the first batch of the data tells."""
     notes: tuple[str, ...] = ()
     """What the source had to say: weights left out by a partial load, for instance."""
-    processor: Any = None
-    """Tokenizer or image processor, which travels to the artifact."""
+    processor: tuple[Path, ...] = ()
+    """Files of the tokenizer or image processor, which travel to the artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
