@@ -17,7 +17,7 @@ from tersor.benchmark import (
     evaluate,
     measure,
     measure_subject,
-    paired_accuracy,
+    paired,
     self_check,
     slowed,
     timing_inputs,
@@ -190,9 +190,48 @@ def test_paired_accuracy_is_in_points() -> None:
     right = np.eye(4)[labels]
     worse = right.copy()
     worse[:10] = np.roll(worse[:10], 1, axis=1)
-    value, (low, high) = paired_accuracy(right, worse, labels)
-    assert value == pytest.approx(-1.0)
-    assert -2.0 < low < -1.0 < high < 0.0
+    found = paired("accuracy", right, worse, labels)
+    assert found is not None
+    assert found.difference == pytest.approx(-1.0)
+    assert -2.0 < found.low < -1.0 < found.high < 0.0
+    assert found.p == pytest.approx(2 / 2**10)  # ten samples lost, none gained
+    assert found.test == "McNemar's exact test"
+    assert found.verdict("higher") == "worse"
+
+
+def test_paired_of_other_metrics() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 400)
+    before = np.eye(4)[labels] * 2 + rng.normal(size=(400, 4))
+    after = before + 0.5 * rng.normal(size=(400, 4))
+    f1 = paired("f1", before, after, labels)
+    assert f1 is not None
+    assert f1.test == "paired bootstrap of 1000 draws"
+    assert f1.low < f1.difference < f1.high
+    perplexity = paired("perplexity", before, after, labels)
+    assert perplexity is not None
+    assert perplexity.difference > 0
+    assert 0.001 < perplexity.p < 0.05
+    assert perplexity.verdict("lower") == "worse"
+    own = paired(
+        "quality", before, after, labels, quality=lambda o, y: float((o.argmax(1) == y).sum())
+    )
+    assert own is not None
+    assert own.low < own.difference < own.high < 400
+    assert paired("size", before, after, labels) is None
+    assert paired("f1", before[:4], after[:4], labels[:4]) is None  # too few different draws
+    with pytest.raises(DataError, match="outputs are of 400 samples before but 399 after"):
+        paired("f1", before, after[1:], labels)
+
+
+def test_outputs_that_are_not_finite_are_counted_and_refused() -> None:
+    outputs = np.eye(3)
+    outputs[0, 1], outputs[2] = np.nan, np.inf
+    made = Subject(target=TARGET, outputs=outputs, labels=np.arange(3), split="test")
+    with pytest.raises(TargetError, match="4 of 9 outputs over test are not finite"):
+        measure_subject(made, ["accuracy"])
+    with pytest.raises(DataError, match=r"the split 'test' has no samples: outputs have shape"):
+        measure_subject(replace(made, outputs=outputs[:0]), ["accuracy"])
 
 
 def test_measure_a_bare_model_file_without_data(tmp_path: Path, short: None) -> None:

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core import plugins
+from tersor.core import plugins, resampling
 from tersor.core.artifact import Artifact
 from tersor.core.context import SPLITS, Data, Track, silent
 from tersor.core.errors import DataError, ModelError, suggest
 from tersor.core.hardware import preflight, probe, usable_cores
 from tersor.core.metric import Measurement, Subject
+from tersor.core.resampling import Paired
 from tersor.core.runtime import Arrays, Runner, Target
-from tersor.core.scoring import hits
-from tersor.core.statistics import Comparison, judge, paired_difference
+from tersor.core.statistics import Comparison, judge
 from tersor.core.timing import MIN_BLOCKS, interleave
-from tersor.feeds import arrays_of, evaluate, timing_inputs
+from tersor.feeds import arrays_of, check_finite, evaluate, timing_inputs
 from tersor.subjects import Place, fitting, made_inputs, place
 
 __all__ = [
@@ -32,13 +32,14 @@ __all__ = [
     "interleave",
     "measure",
     "measure_subject",
-    "paired_accuracy",
+    "paired",
     "self_check",
     "slowed",
     "timing_inputs",
 ]
 MIN_EFFECT = 0.03
 """Smallest relative difference of speed that is called one."""
+_NOWHERE = Target(runtime="none")  # scores are of arrays, wherever they were made
 _MISSING: Mapping[str, str] = {
     "labels": "labels; add 'labels' to the batches of the data",
     "outputs": "data to run; give data with a split of samples",
@@ -102,8 +103,11 @@ def measure_subject(subject: Subject, names: Sequence[str]) -> tuple[Measurement
 
     Raises:
         RecipeError: no such metric. DataError, ModelError: the subject lacks what a metric needs.
+        TargetError: outputs are not finite.
     """
     chosen = [plugins.metric(name) for name in names]
+    if subject.outputs is not None:
+        check_finite(subject.outputs, subject.split)
     for each in chosen:
         for need in each.needs:
             if getattr(subject, need) is None:
@@ -113,21 +117,45 @@ def measure_subject(subject: Subject, names: Sequence[str]) -> tuple[Measurement
     return tuple(each.measure(subject) for each in chosen)
 
 
-def paired_accuracy(
-    before_outputs: np.ndarray, after_outputs: np.ndarray, labels: np.ndarray
-) -> tuple[float, tuple[float, float]]:
-    """Compare the top-1 accuracy of two networks on the same samples.
+def paired(
+    name: str,
+    before: np.ndarray,
+    after: np.ndarray,
+    labels: np.ndarray,
+    *,
+    quality: Callable[[Any, Any], float] | None = None,
+    seed: int = 0,
+) -> Paired | None:
+    """Say how a quality metric changed between two networks that saw the same samples.
+
+    Args:
+        name: A metric of outputs and labels, such as "accuracy", "f1" or "perplexity".
+        before: The first network's outputs over a split, samples first.
+        after: The second network's.
+        labels: Of that split.
+        quality: The data's own, for the metric "quality".
+        seed: Decides the draws, where the test is a bootstrap.
 
     Returns:
-        after - before in points of percent, and its paired 95 % interval.
+        The change with its 95 % interval and p value; None where the metric is none of outputs and
+        labels, or the samples are too few to tell.
 
     Raises:
-        DataError: labels are not classes, or do not fit the outputs.
+        RecipeError: no such metric. DataError: labels do not fit, or outputs differ in shape.
     """
-    value, (low, high) = paired_difference(
-        hits(before_outputs, labels), hits(after_outputs, labels)
+    score = plugins.metric(name).score
+    if score is None:
+        return None
+    if len(before) != len(after):
+        raise DataError(
+            f"outputs are of {len(before)} samples before but {len(after)} after; compare two "
+            "networks on the same split"
+        )
+    first, second = (
+        score(Subject(target=_NOWHERE, outputs=outputs, labels=labels, quality=quality))
+        for outputs in (before, after)
     )
-    return 100 * value, (100 * low, 100 * high)
+    return resampling.paired(first, second, seed)
 
 
 def measure(

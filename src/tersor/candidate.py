@@ -17,6 +17,7 @@ from tersor.core.metric import Measurement, Subject
 from tersor.core.model import Inputs
 from tersor.core.pieces import narrowed
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
+from tersor.feeds import check_finite
 from tersor.ops.lower import form_of, lower
 from tersor.ops.notes import notes_of
 
@@ -201,11 +202,7 @@ def score(
     if batches is None:
         raise DataError(f"the data have no split {split!r}")
     outputs, labels = benchmark.evaluate(candidate.runner, batches)
-    if not np.isfinite(outputs).all():
-        bad = int(np.count_nonzero(~np.isfinite(outputs)))
-        raise TargetError(
-            f"{bad} of {outputs.size} outputs over {split} are not finite (NaN or infinite)"
-        )
+    check_finite(outputs, split)
     subject = Subject(
         target=candidate.target,
         net=candidate.net,
@@ -220,7 +217,10 @@ def score(
         conditions={"batch": batch, "threads": candidate.target.threads},
     )
     made = benchmark.measure_subject(subject, names)
-    return Scores(outputs=outputs, labels=labels, measurements={m.metric: m for m in made})
+    found: dict[str, Measurement] = {}
+    for m in made:
+        found.setdefault(m.metric, m)  # of a metric and its proxy, what says why comes first
+    return Scores(outputs=outputs, labels=labels, measurements=found)
 
 
 def latencies(

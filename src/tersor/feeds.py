@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import DataError
+from tersor.core.errors import DataError, TargetError
 from tersor.core.runtime import Arrays, Runner
 
 
@@ -42,6 +42,21 @@ def evaluate(
     if labels and len(labels) != len(outputs):
         raise DataError(f"only {len(labels)} of {len(outputs)} batches have labels")
     return _joined(outputs, "outputs"), _joined(labels, "labels") if labels else None
+
+
+def check_finite(outputs: np.ndarray, split: str) -> None:
+    """Refuse outputs that no metric may average away.
+
+    Raises:
+        TargetError: some are NaN or infinite; says how many. DataError: there are none.
+    """
+    if not outputs.size:
+        raise DataError(f"the split {split!r} has no samples: outputs have shape {outputs.shape}")
+    bad = int(np.count_nonzero(~np.isfinite(outputs)))
+    if bad:
+        raise TargetError(
+            f"{bad} of {outputs.size} outputs over {split} are not finite (NaN or infinite)"
+        )
 
 
 def timing_inputs(

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,13 @@ from tersor import benchmark, workspace
 from tersor.candidate import Candidate, Scores, arrays_of, export, latencies, reopen, score
 from tersor.core import plugins
 from tersor.core.context import Context, Data, Fit, Track
-from tersor.core.errors import StepError, TersorError, UnfitError
+from tersor.core.errors import StepError, TargetError, TersorError, UnfitError
 from tersor.core.hardware import environment
 from tersor.core.metric import Measurement
 from tersor.core.model import Inputs
 from tersor.core.recipe import Recipe, stage_name, step_name
 from tersor.core.report import LimitReport, Ratio, Report, StageReport, Verdict
+from tersor.core.resampling import Paired
 from tersor.core.schema import Mistakes, changed, from_plain, to_plain
 from tersor.core.statistics import Comparison
 from tersor.ops import edits, losses, masks, pt2, sharing
@@ -95,6 +97,12 @@ class Run:
     def start(self) -> State:
         """Export and measure the untouched network: "before"."""
         self.first = self._measured(self.original, self.work / "original")
+        goal = self.recipe.goal
+        for name in () if goal is None else (goal.best, *goal.limits):
+            if name not in self.first.scores.measurements:
+                proxy = plugins.metric(name).proxy
+                why = self.first.scores.measurements[proxy].how
+                raise TargetError(f"the goal speaks of {name}; {why}. Set the goal on {proxy}")
         return self.first
 
     def stage(self, index: int, stage: tuple[Any, ...], before: State) -> tuple[State, StageReport]:
@@ -284,11 +292,10 @@ class Run:
             )
         assert self.first is not None
         quality = {}
-        if "accuracy" in self.names and before.scores.labels is not None:
-            difference, (low, high) = benchmark.paired_accuracy(
-                before.scores.outputs, after.scores.outputs, before.scores.labels
-            )
-            quality["accuracy"] = (difference, low, high)
+        for name, found in self._changes(before.scores, after.scores).items():
+            ends = found.difference, found.low, found.high
+            falls = before.scores.measurements[name].better == "lower"
+            quality[name] = (-ends[0], -ends[2], -ends[1]) if falls else ends
         scale = float(np.sqrt(np.mean(np.square(before.scores.outputs, dtype=np.float64)))) or 1.0
         moved = after.scores.outputs.astype(np.float64) - before.scores.outputs
         seen = Evidence(
@@ -300,6 +307,23 @@ class Run:
             quality=quality,
         )
         return judge(goal, seen), None if contest is None else _speed(contest)
+
+    def _changes(self, before: Scores, after: Scores) -> dict[str, Paired]:
+        """Compare every quality metric on the same samples, where there are labels."""
+        if before.labels is None:
+            return {}
+        changes = {
+            name: benchmark.paired(
+                name,
+                before.outputs,
+                after.outputs,
+                before.labels,
+                quality=self.data.quality,
+                seed=self.seed,
+            )
+            for name in before.measurements
+        }
+        return {name: found for name, found in changes.items() if found is not None}
 
     def _timed(self, split: str) -> list[Any]:
         names = list(self.inputs.example)
@@ -324,14 +348,22 @@ class Run:
         intervals: dict[str, tuple[float, float]] = {}
         ratios = [
             _ratio(first.measurements[n], last.measurements[n])
-            for n in self.names
+            for n in first.measurements
             if n not in SPEEDS
         ]
-        if "accuracy" in self.names and first.labels is not None:
-            value = first.measurements["accuracy"].value
-            _, (low, high) = benchmark.paired_accuracy(first.outputs, last.outputs, first.labels)
-            intervals["accuracy"] = (max(value + low, 0.0), min(value + high, 100.0))
-            ratios = [_paired(r, value, low, high) if r.metric == "accuracy" else r for r in ratios]
+        changes = self._changes(first, last)
+        for name, found in changes.items():
+            m = first.measurements[name]
+            most = 100.0 if m.unit == "%" else math.inf
+            intervals[name] = (m.value + found.low, min(m.value + found.high, most))
+            if m.value >= 0:
+                intervals[name] = (max(intervals[name][0], 0.0), intervals[name][1])
+        ratios = [
+            _paired(r, first.measurements[r.metric], changes[r.metric])
+            if r.metric in changes
+            else r
+            for r in ratios
+        ]
         if "latency" in self.names:
             c = benchmark.contest(
                 before.candidate.runner, after.candidate.runner, self._timed("test"), seed=self.seed
@@ -352,12 +384,12 @@ class Run:
             ratios=tuple(ratios),
             limits=limits,
             reached=all(limit.holds for limit in limits),
-            warnings=(*self.warnings, *_small(first)),
+            warnings=(*self.warnings, *_small(first), *_unavailable(first)),
             environment={**environment(), "seed": self.seed, "batch": self.batch},
         )
 
 
-SLOW = ("peak_memory",)
+SLOW = ("peak_memory", "energy", "cpu_seconds")
 """Measured after every stage only where the goal speaks of them."""
 
 
@@ -415,18 +447,21 @@ def _ratio(before: Measurement, after: Measurement) -> Ratio:
     )
 
 
-def _paired(ratio: Ratio, before: float, low: float, high: float) -> Ratio:
-    """Replace a quality ratio's interval by the paired one."""
-    if before == 0:
-        return ratio
-    verdict = "better" if low > 0 else "worse" if high < 0 else "no difference"
-    return replace(
+def _paired(ratio: Ratio, before: Measurement, found: Paired) -> Ratio:
+    """Give a quality metric's ratio the paired interval and test."""
+    made = replace(
         ratio,
-        low=(before + low) / before,
-        high=(before + high) / before,
-        verdict=verdict,
-        how="paired on the same samples",
+        verdict=found.verdict(before.better),
+        how=f"paired on the same samples: {found.test}, p = {found.p:.2g}",
+        difference=(found.difference, found.low, found.high),
+        p=found.p,
     )
+    low, high = before.value + found.low, before.value + found.high
+    if before.value <= 0 or (before.better == "lower" and low <= 0):
+        return made
+    if before.better == "lower":
+        return replace(made, low=before.value / high, high=before.value / low)
+    return replace(made, low=low / before.value, high=high / before.value)
 
 
 def _small(scores: Scores) -> list[str]:
@@ -434,3 +469,8 @@ def _small(scores: Scores) -> list[str]:
     if count >= 1000:
         return []
     return [f"the final split has only {count} samples: a difference of one point is within noise"]
+
+
+def _unavailable(scores: Scores) -> list[str]:
+    """Say what could not be measured here, and what was in its place."""
+    return [m.how for m in scores.measurements.values() if "unavailable" in m.conditions.values()]

@@ -34,7 +34,8 @@ class Evidence:
     unchanged: bool = False
     """Outputs are those of before, within the tolerance of the number format."""
     quality: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
-    """Paired change of each quality metric against before: difference, low, high."""
+    """Paired change of each quality metric against before, above 0 where better: difference, low,
+    high; in the metric's unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,10 @@ def _quality_gain(name: str, seen: Evidence) -> str | None:
     difference, low, high = seen.quality[name]
     if low <= 0:
         return None
-    return f"{name} {difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
+    if seen.after[name].unit == "%":
+        return f"{name} {difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
+    figures = f"{name} {show(seen.before[name])} -> {show(seen.after[name])}"
+    return f"{figures}, better by {difference:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def _beyond_noise(worse: Measurement, better: Measurement) -> bool:

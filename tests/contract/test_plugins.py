@@ -18,7 +18,7 @@ from tersor.core.runtime import Target
 from tests import networks
 
 METRICS = list(plugins.names("metrics"))
-UNITS = ("ms", "B", "%", "1/s", "1", "J")
+UNITS = ("ms", "B", "%", "1/s", "1", "J", "s")
 
 
 def pairs(*kinds: str) -> list[tuple[str, str]]:
@@ -62,6 +62,20 @@ def subject(candidate: Candidate) -> Subject:
     )
 
 
+def suited(name: str, subject: Subject) -> Subject:
+    """Give the metrics of numbers numbers, and those of boxes boxes."""
+    assert subject.outputs is not None
+    assert subject.labels is not None
+    if name in ("mse", "rmse"):
+        return dataclasses.replace(subject, labels=np.eye(10)[subject.labels])
+    if name == "mean_average_precision":
+        boxes = np.tile([[[1.0, 0.1, 0.1, 0.5, 0.5], [-1.0, 0, 0, 0, 0]]], (6, 1, 1))
+        found = np.insert(boxes, 1, 0.9, axis=2)
+        found[:2, 0, 4:] = 0.2  # too small in two images
+        return dataclasses.replace(subject, outputs=found, labels=boxes)
+    return subject
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_metric_declares_itself(name: str) -> None:
     found = plugins.metric(name)
@@ -69,14 +83,21 @@ def test_metric_declares_itself(name: str) -> None:
     assert found.unit in UNITS
     assert found.better in ("lower", "higher")
     assert set(found.needs) <= {field.name for field in dataclasses.fields(Subject)}
+    if found.proxy:
+        assert plugins.metric(found.proxy).needs == found.needs
+    if found.score is not None:
+        assert set(found.needs) <= {"outputs", "labels", "quality"}
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_metric_measures(name: str, subject: Subject) -> None:
     found = plugins.metric(name)
-    (made,) = benchmark.measure_subject(subject, (name,))
+    (made,) = benchmark.measure_subject(suited(name, subject), (name,))
     assert isinstance(made, Measurement)
-    assert (made.metric, made.unit, made.better) == (name, found.unit, found.better)
+    if made.conditions.get(name) == "unavailable":  # then its proxy is measured, and says so
+        assert made.how.startswith(f"{name}: unavailable: ")
+        found = plugins.metric(found.proxy)
+    assert (made.metric, made.unit, made.better) == (found.name, found.unit, found.better)
     assert np.isfinite(made.value)
     assert made.value >= 0
     assert made.how
@@ -89,9 +110,28 @@ def test_metric_measures(name: str, subject: Subject) -> None:
 def test_metric_needs_nothing_that_it_does_not_say(name: str, subject: Subject) -> None:
     found = plugins.metric(name)
     optional = [f.name for f in dataclasses.fields(Subject) if f.default is None]
-    bare = dataclasses.replace(subject, **{n: None for n in optional if n not in found.needs})
+    bare = dataclasses.replace(
+        suited(name, subject), **{n: None for n in optional if n not in found.needs}
+    )
     (made,) = benchmark.measure_subject(bare, (name,))
-    assert made.metric == name
+    assert made.metric in (name, found.proxy)
+
+
+SCORED = [name for name in METRICS if plugins.metric(name).score is not None]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_equal_networks_do_not_differ_in_a_paired_test(name: str, subject: Subject) -> None:
+    given = suited(name, subject)
+    assert given.outputs is not None
+    assert given.labels is not None
+    found = benchmark.paired(
+        name, given.outputs, given.outputs, given.labels, quality=given.quality
+    )
+    assert found is not None
+    assert (found.difference, found.p) == (0, 1)
+    assert found.low <= 0 <= found.high
+    assert found.verdict("higher") == "no difference"
 
 
 @pytest.mark.parametrize("name", list(plugins.names("sources")))

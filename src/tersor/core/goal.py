@@ -21,6 +21,7 @@ _FACTORS = {
     },
     "1/s": {"1/s": 1.0, "/s": 1.0},
     "J": {"J": 1.0, "mJ": 1e-3},
+    "s": {"ms": 1e-3, "s": 1.0},
     "%": {},
     "1": {"k": 1e3, "M": 1e6, "G": 1e9},
 }
@@ -32,12 +33,12 @@ class Limit:
     """A limit as read from its text.
 
     "-1pt": at most one point below the original (metrics in percent). "-1%": at most 1 % of its
-    value worse ("+1%" is the same, for metrics where lower is better). "25%": at most a quarter of
-    the original where lower is better, at least that share where higher is. "3 ms", "2 MB", "90":
-    the value.
+    value worse. "+2%": the same where lower is better: at most 2 % of the original's value above
+    it. "25%": at most a quarter of the original where lower is better, at least that share where
+    higher is. "3 ms", "2 MB", "90": the value.
     """
 
-    kind: Literal["points", "worse", "share", "value"]
+    kind: Literal["points", "worse", "above", "share", "value"]
     amount: float
     unit: str = ""
 
@@ -51,7 +52,7 @@ class Limit:
         found = _TEXT.fullmatch(str(text))
         if not found:
             raise ValueError(
-                f"{text!r} is not a limit; write for instance -1pt, -1%, 25%, '3 ms' or '2 MB'"
+                f"{text!r} is not a limit; write for instance -1pt, -1%, +2%, 25%, '3 ms' or '2 MB'"
             )
         sign, digits, exponent, unit = found.groups()
         amount = float(digits) * 10.0 ** int(exponent or 0)
@@ -60,7 +61,10 @@ class Limit:
                 raise ValueError(f"{text!r}: points are a loss allowed; write -{digits}pt")
             return Limit(kind="points", amount=amount)
         if unit == "%":
-            return Limit(kind="worse" if sign else "share", amount=amount / 100)
+            kind: Literal["worse", "above", "share"] = (
+                "above" if sign == "+" else "worse" if sign else "share"
+            )
+            return Limit(kind=kind, amount=amount / 100)
         if sign:
             raise ValueError(
                 f"{text!r}: a signed limit is in pt or %; write -{digits}pt or -{digits}%"
@@ -76,14 +80,19 @@ class Limit:
             better: Its better direction.
 
         Raises:
-            ValueError: the limit's unit is not one of the metric's.
+            ValueError: the limit's unit is not one of the metric's, or its sign.
         """
         direction = -1.0 if better == "higher" else 1.0
         if self.kind == "points":
             if unit != "%":
                 raise ValueError(f"points are for metrics in percent, not in {unit!r}")
             return original + direction * self.amount
-        if self.kind == "worse":
+        if self.kind == "above" and better == "higher":
+            raise ValueError(
+                f"+{100 * self.amount:g}% is for metrics where lower is better; "
+                f"write -{100 * self.amount:g}%"
+            )
+        if self.kind in ("worse", "above"):
             return original + direction * self.amount * abs(original)
         if self.kind == "share":
             return original * self.amount
@@ -106,7 +115,7 @@ class Goal:
     best: str = "latency"
     """The metric to improve."""
     limits: Mapping[str, str] = field(default_factory=dict)
-    """Metric -> limit: "-1pt", "-1%", "25%", "3 ms", "2 MB"."""
+    """Metric -> limit: "-1pt", "-1%", "+2%", "25%", "3 ms", "2 MB"."""
 
     def __post_init__(self) -> None:
         for name, text in self.limits.items():

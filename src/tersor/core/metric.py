@@ -3,11 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from tersor.core.runtime import Arrays, Runner, Target
+
+if TYPE_CHECKING:
+    from tersor.core.resampling import Score
 
 Better = Literal["lower", "higher"]
 
@@ -21,7 +24,7 @@ class Measurement:
     value: float
     """The figure, in `unit`."""
     unit: str
-    """ "ms", "B", "%", "1/s", "1"."""
+    """ "ms", "B", "%", "1/s", "1", "J", "s"."""
     better: Better
     """Which direction is an improvement."""
     spread: tuple[float, float] | None = None
@@ -76,19 +79,39 @@ class Metric:
     needs: tuple[str, ...]
     summary: str
     measure: Measure
+    score: "Callable[[Subject], Score] | None" = None
+    """How a split is scored sample by sample, which a paired test needs."""
+    proxy: str = ""
+    """The metric that is measured in its place where a machine cannot measure it."""
 
 
-def metric(*, unit: str, better: Better, needs: tuple[str, ...] = ()) -> Callable[[M], M]:
+def metric(
+    *,
+    unit: str,
+    better: Better,
+    needs: tuple[str, ...] = (),
+    score: "Callable[[Subject], Score] | None" = None,
+    proxy: str = "",
+) -> Callable[[M], M]:
     """Mark a function as the metric of its file.
 
     Args:
         unit: Unit of the value.
         better: Which direction is an improvement.
         needs: Fields of Subject that must not be None.
+        score: How outputs and labels are scored sample by sample; changes are then paired.
+        proxy: The metric that it returns in its place where the machine has no means to measure it;
+            the measurement's condition of the metric's own name is then "unavailable".
     """
 
     def mark(measure: M) -> M:
-        measure.__metric__ = {"unit": unit, "better": better, "needs": needs}  # type: ignore[attr-defined]  # read back by plugins.metric
+        measure.__metric__ = {  # type: ignore[attr-defined]  # read back by plugins.metric
+            "unit": unit,
+            "better": better,
+            "needs": needs,
+            "score": score,
+            "proxy": proxy,
+        }
         return measure
 
     return mark

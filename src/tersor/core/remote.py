@@ -171,7 +171,7 @@ class _RemoteRunner:
 
 
 class _Call:
-    """A bound call in a child. `run_ns` is what `core/timing.py` asks for."""
+    """A bound call in a child. `run_ns` and `cpu_ns` are what `core/timing.py` asks for."""
 
     def __init__(self, child: Child, number: int) -> None:
         self.child, self.number = child, number
@@ -183,6 +183,10 @@ class _Call:
     def run_ns(self) -> int:
         """Run once, and return the nanoseconds that it took there."""
         return int(self.child.ask("time", call=self.number).fields["ns"])
+
+    def cpu_ns(self) -> int:
+        """Run once, and return the nanoseconds that all threads of the child spent on it."""
+        return int(self.child.ask("time", call=self.number).fields["cpu_ns"])
 
 
 def driven(

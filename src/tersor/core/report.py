@@ -22,6 +22,11 @@ class Ratio:
     verdict: str
     """ "better", "worse" or "no difference"."""
     how: str = ""
+    difference: tuple[float, float, float] | None = None
+    """Of quality metrics: after - before on the same samples, in the metric's unit, and the ends of
+    its paired 95 % interval."""
+    p: float | None = None
+    """Two-sided p value of the paired test that `how` names."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ COSTS = (
     "nonzeros",
     "macs",
     "energy",
+    "cpu_seconds",
 )
 _SPEED, _EXTENT = ("faster", "slower"), ("smaller", "larger")
 _WORDS = {
@@ -53,6 +54,8 @@ class Pair:
         """Return the paired 95 % interval of the change in points, where the run has one."""
         if self.before is None or self.ratio is None or not self.ratio.how.startswith("paired"):
             return None
+        if self.ratio.difference is not None:
+            return self.ratio.difference[1:]
         value = self.before.value
         return value * (self.ratio.low - 1), value * (self.ratio.high - 1)
 

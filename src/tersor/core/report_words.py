@@ -11,7 +11,8 @@ LANGUAGES: tuple[Language, ...] = ("en", "zh")
 _TIMES = ((1e3, 1e-3, "s"), (0.1, 1.0, "ms"), (1e-4, 1e3, "us"), (0.0, 1e6, "ns"))
 _BYTES = ((1e9, 1e-9, "GB"), (1e6, 1e-6, "MB"), (1e3, 1e-3, "kB"), (0.0, 1.0, "B"))
 _COUNTS = ((1e9, 1e-9, "G"), (1e6, 1e-6, "M"), (1e4, 1e-3, "k"), (0.0, 1.0, ""))
-_SCALES = {"ms": _TIMES, "B": _BYTES, "1": _COUNTS}
+_JOULES = ((1.0, 1.0, "J"), (1e-3, 1e3, "mJ"), (0.0, 1e6, "uJ"))
+_SCALES = {"ms": _TIMES, "B": _BYTES, "1": _COUNTS, "J": _JOULES}
 
 
 @cache

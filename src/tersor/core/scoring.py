@@ -1,8 +1,13 @@
-"""What a network got right: outputs and labels of a split to shares of correct answers."""
+"""What a network got right: outputs and labels of a split to figures of each sample."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from tersor.core.errors import DataError
+
+IGNORED_PIXEL = 255
+"""The label of pixels without a class in many data sets of segmentation."""
 
 
 def class_axis(outputs: np.ndarray, labels: np.ndarray | None = None) -> int:
@@ -33,12 +38,42 @@ def class_axis(outputs: np.ndarray, labels: np.ndarray | None = None) -> int:
     )
 
 
+def labeled(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bring outputs and labels into one order, and tell which labels count.
+
+    Args:
+        outputs: Scores by class, samples first.
+        labels: True classes. Negative ones are ignored, as in padding, and so is 255 of pixels
+            where there are not as many classes.
+
+    Returns:
+        Scores with the classes last, labels as int64, and which of them count, of labels' shape.
+
+    Raises:
+        DataError: labels are not classes, do not fit, or none is left.
+    """
+    scores = np.moveaxis(outputs, class_axis(outputs, labels), -1)
+    wanted = labels.astype(np.int64)
+    counted = wanted >= 0
+    if wanted.ndim == 3 and scores.shape[-1] <= IGNORED_PIXEL:
+        counted &= wanted != IGNORED_PIXEL
+    if counted.any() and wanted[counted].max() >= scores.shape[-1]:
+        raise DataError(
+            f"label {wanted[counted].max()} is beyond the {scores.shape[-1]} classes of the "
+            "outputs; check that labels start at 0 and belong to this network"
+        )
+    if not counted.any():
+        ignored = "negative" if (wanted < 0).all() else f"negative or {IGNORED_PIXEL}"
+        raise DataError(f"no labels to score: all are {ignored}; check the 'labels' of the batches")
+    return scores, np.where(counted, wanted, 0), counted
+
+
 def hits(outputs: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
     """Score each sample by the labels that are among the k highest outputs.
 
     Args:
         outputs: Scores by class, samples first.
-        labels: True classes; negative ones are ignored, as in padding.
+        labels: True classes; which are ignored says `labeled`.
         k: Guesses allowed. Of equal scores the class of the lower number comes first.
 
     Returns:
@@ -48,19 +83,113 @@ def hits(outputs: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
     Raises:
         DataError: labels are not classes, do not fit, or none is left.
     """
-    axis = class_axis(outputs, labels)
-    scores = np.moveaxis(outputs, axis, -1)
-    wanted = labels.astype(np.int64)
-    if wanted.size and wanted.max() >= scores.shape[-1]:
-        raise DataError(
-            f"label {wanted.max()} is beyond the {scores.shape[-1]} classes of the outputs; "
-            "check that labels start at 0 and belong to this network"
-        )
-    counted = wanted >= 0
-    if not counted.any():
-        raise DataError("no labels to score: all are negative; check the 'labels' of the batches")
-    true = np.take_along_axis(scores, np.maximum(wanted, 0)[..., None], -1)
+    scores, wanted, counted = labeled(outputs, labels)
+    true = np.take_along_axis(scores, wanted[..., None], -1)
     earlier = np.arange(scores.shape[-1]) < wanted[..., None]
     rank = ((scores > true) | ((scores == true) & earlier)).sum(-1)
     right = ((rank < k) & counted).reshape(len(wanted), -1).sum(1).astype(np.float64)
     return np.asarray(right * len(wanted) / counted.sum() if wanted.ndim > 1 else right[counted])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """How often each class occurs in each sample: (sample, class, times), zeros left out."""
+
+    sample: np.ndarray
+    kind: np.ndarray
+    times: np.ndarray
+    classes: int
+
+    def sums(self, draws: np.ndarray) -> np.ndarray:
+        """Add up what samples that count so often hold: (draws, samples) to (draws, classes)."""
+        weights = draws[:, self.sample] * self.times
+        return np.array([np.bincount(self.kind, row, self.classes) for row in weights])
+
+
+def tallies(outputs: np.ndarray, labels: np.ndarray) -> tuple[Tally, Tally, Tally]:
+    """Count by class what was answered rightly, what was answered, and what is true.
+
+    Raises:
+        DataError: labels are not classes, do not fit, or none is left.
+    """
+    scores, wanted, counted = labeled(outputs, labels)
+    classes = scores.shape[-1]
+    sample = np.broadcast_to(
+        np.arange(len(wanted)).reshape(-1, *[1] * (wanted.ndim - 1)), wanted.shape
+    )[counted]
+    answered, true = scores.argmax(-1)[counted], wanted[counted]
+
+    def tally(chosen: np.ndarray, kind: np.ndarray) -> Tally:
+        keys, times = np.unique(chosen * classes + kind, return_counts=True)
+        return Tally(sample=keys // classes, kind=keys % classes, times=times, classes=classes)
+
+    right = answered == true
+    return tally(sample[right], true[right]), tally(sample, answered), tally(sample, true)
+
+
+def macro(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Average part / whole over the classes that occur, (draws, classes) to (draws,)."""
+    occurs = whole > 0
+    ratios = np.where(occurs, part / np.where(occurs, whole, 1), 0.0)
+    return np.asarray(ratios.sum(1) / np.maximum(occurs.sum(1), 1))
+
+
+def losses(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return minus the logarithm of the true classes' probabilities, added up by sample.
+
+    Args:
+        outputs: Logits or logarithms of probabilities; probabilities, where all are in [0, 1] and
+            those of every label add up to 1.
+        labels: True classes; which are ignored says `labeled`.
+
+    Returns:
+        The sums in nats, and the number of labels behind each; both of shape (samples,), float64.
+
+    Raises:
+        DataError: labels are not classes, do not fit, or none is left.
+    """
+    scores, wanted, counted = labeled(outputs, labels)
+    certain = are_probabilities(scores)
+    sums, counts = np.zeros(len(scores)), np.zeros(len(scores))
+    for i, (logits, true, keep) in enumerate(zip(scores, wanted, counted, strict=True)):
+        each = logits.reshape(-1, scores.shape[-1]).astype(np.float64)
+        given = np.take_along_axis(each, true.reshape(-1, 1), 1)[:, 0]
+        with np.errstate(divide="ignore"):
+            nats = -np.log(given) if certain else _log_sum(each) - given
+        sums[i], counts[i] = nats[keep.ravel()].sum(), keep.sum()
+    return sums, counts
+
+
+def are_probabilities(scores: np.ndarray) -> bool:
+    """Tell whether scores, classes last, are probabilities already."""
+    within = scores.min() >= 0 and scores.max() <= 1
+    return bool(within and np.allclose(scores.sum(-1, dtype=np.float64), 1, atol=1e-3))
+
+
+def _log_sum(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(1)
+    return np.asarray(top + np.log(np.exp(logits - top[:, None]).sum(1)))
+
+
+def squared_errors(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return each sample's mean squared error, shape (samples,), float64.
+
+    Args:
+        outputs: Numbers, samples first.
+        labels: The numbers wanted, of the same shape; an axis of one may be missing.
+
+    Raises:
+        DataError: labels do not fit, or are not finite.
+    """
+    if labels.shape not in (outputs.shape, outputs.shape[:-1]) or (
+        labels.shape != outputs.shape and outputs.shape[-1] != 1
+    ):
+        raise DataError(
+            f"outputs of shape {outputs.shape} do not fit labels of shape {labels.shape}; a "
+            "squared error needs a number for each output"
+        )
+    wanted = labels.reshape(outputs.shape).astype(np.float64)
+    bad = int(np.count_nonzero(~np.isfinite(wanted)))
+    if bad:
+        raise DataError(f"{bad} of {wanted.size} labels are not finite (NaN or infinite)")
+    return np.asarray(((outputs - wanted) ** 2).reshape(len(outputs), -1).mean(1))

@@ -9,10 +9,11 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from tersor.core.errors import TargetError
 from tersor.core.statistics import half_width, log_ratio_interval
 
 Calls = Sequence[Callable[[], Any]]
@@ -74,6 +75,33 @@ def time_runs(calls: Calls, first: int, count: int) -> np.ndarray:
         spent_ns[i] = clock() - began
     del outputs
     return np.array(spent_ns, dtype=np.float64) / 1e6
+
+
+def cpu_seconds_of(calls: Calls, first: int, count: int) -> float:
+    """Run `count` times and return the processor seconds of all threads.
+
+    A call that runs elsewhere tells its own, by `cpu_ns`.
+
+    Args:
+        calls: Bound calls, used in rotation.
+        first: Number of the first run, which decides the first call.
+        count: Runs.
+
+    Raises:
+        TargetError: a call runs elsewhere and cannot tell.
+    """
+    chosen = [calls[(first + i) % len(calls)] for i in range(count)]
+    if not any(hasattr(call, "run_ns") for call in chosen):
+        began = time.process_time_ns()
+        for call in chosen:
+            call()
+        return (time.process_time_ns() - began) / 1e9
+    if not all(hasattr(call, "cpu_ns") for call in chosen):
+        raise TargetError(
+            "cpu_seconds: unavailable: the network runs in another process, which does not tell "
+            "its processor time"
+        )
+    return float(sum(cast(Any, call).cpu_ns() for call in chosen)) / 1e9
 
 
 def warm_up(

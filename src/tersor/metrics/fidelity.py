@@ -4,9 +4,10 @@ import numpy as np
 
 from tersor.core.errors import DataError
 from tersor.core.metric import Measurement, Subject, metric
+from tersor.core.resampling import mean_of
 from tersor.core.scoring import class_axis
 from tersor.core.statistics import bootstrap
-from tersor.metrics import _share
+from tersor.metrics import _scored
 
 
 @metric(unit="%", better="higher", needs=("outputs", "reference"))
@@ -33,9 +34,8 @@ def fidelity(subject: Subject) -> Measurement:
         if outputs.shape[axis] > 1:
             same = outputs.argmax(axis) == reference.argmax(axis)
             shares = same.reshape(len(same), -1).mean(1)
-            return _share.in_percent(
-                "fidelity", subject, shares, "equal top-1 answers", single=same.ndim == 1
-            )
+            score = mean_of(shares, single=same.ndim == 1, percent=True)
+            return _scored.measured("fidelity", subject, score, "equal top-1 answers")
     return _cosine(subject, outputs.reshape(len(outputs), -1), reference.reshape(len(outputs), -1))
 
 

@@ -9,14 +9,34 @@ import numpy as np
 
 from tersor.core.errors import DataError
 from tersor.core.metric import Measurement, Subject, metric
-from tersor.core.statistics import bootstrap
+from tersor.core.resampling import Score
+from tersor.metrics import _scored
 
 RESAMPLES = 200
 AFFORDABLE_S = 2.0
 """Time that the interval may take; a slower quality gets none."""
 
 
-@metric(unit="1", better="higher", needs=("outputs", "labels", "quality"))
+def score(subject: Subject) -> Score:
+    """Call the quality on the split, and on draws of its samples where there is time for that."""
+    outputs, labels = subject.outputs, subject.labels
+    assert outputs is not None
+    assert labels is not None
+    began = time.perf_counter()
+    value = _call(subject, outputs, labels)
+    affordable = (time.perf_counter() - began) * RESAMPLES < AFFORDABLE_S
+
+    def of(draws: np.ndarray) -> np.ndarray:
+        if len(draws) == 1 and (draws == 1).all():
+            return np.array([value])
+        rows = (np.repeat(np.arange(len(draw)), draw.astype(int)) for draw in draws)
+        return np.array([_call(subject, outputs[row], labels[row]) for row in rows])
+
+    resamples = RESAMPLES if affordable else 0
+    return Score(count=len(outputs), of=of, bounds=(-math.inf, math.inf), resamples=resamples)
+
+
+@metric(unit="1", better="higher", needs=("outputs", "labels", "quality"), score=score)
 def quality(subject: Subject) -> Measurement:
     """Call the data's `quality` on outputs and labels of the whole split.
 
@@ -25,29 +45,7 @@ def quality(subject: Subject) -> Measurement:
     Raises:
         DataError: it fails, or returns no finite number.
     """
-    outputs, labels = subject.outputs, subject.labels
-    assert outputs is not None
-    assert labels is not None
-    began = time.perf_counter()
-    value = _call(subject, outputs, labels)
-    spent_s = time.perf_counter() - began
-    spread = None
-    if spent_s * RESAMPLES < AFFORDABLE_S and len(outputs) > 1:
-        rows = bootstrap(len(outputs), RESAMPLES)
-        values = [_call(subject, outputs[row], labels[row]) for row in rows]
-        low, high = (float(x) for x in np.quantile(values, [0.025, 0.975]))
-        spread = (min(low, value), max(high, value))
-    on = f" on {subject.split}" if subject.split else ""
-    return Measurement(
-        metric="quality",
-        value=value,
-        unit="1",
-        better="higher",
-        spread=spread,
-        conditions={"split": subject.split} if subject.split else {},
-        count=len(outputs),
-        how=f"the data's own quality over {len(outputs)} samples{on}",
-    )
+    return _scored.measured("quality", subject, score(subject), "the data's own quality")
 
 
 def _call(subject: Subject, outputs: np.ndarray, labels: np.ndarray) -> float:
