@@ -56,6 +56,68 @@ def test_without_a_goal_every_stage_is_applied(tmp_path):
     )
 
 
+def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path):
+    goal = {"best": "size", "limits": {"perplexity": "+50%", "f1": "-20pt"}}
+    made = run(
+        tmp_path,
+        {"static": {"weight_bits": 4}},
+        goal=goal,
+        metrics=("accuracy", "auc", "quality"),
+        data=dataclasses.replace(
+            networks.data(), quality=lambda o, y: float((o.argmax(1) == y).double().mean())
+        ),
+    ).report
+    ratios = {r.metric: r for r in made.ratios}
+    before, after = ({m.metric: m for m in side} for side in (made.before, made.after))
+    tests = {
+        "accuracy": "McNemar's exact test",
+        "auc": "normal test of the samples' differences",
+        "f1": "paired bootstrap of 1000 draws",
+        "perplexity": "paired bootstrap of 1000 draws",
+        "quality": "paired bootstrap of 200 draws",
+    }
+    for name, test in tests.items():
+        found = ratios[name]
+        assert found.how.startswith(f"paired on the same samples: {test}, p = ")
+        difference, low, high = found.difference
+        assert difference == pytest.approx(after[name].value - before[name].value)
+        assert low <= difference <= high
+        assert found.low <= found.value <= found.high
+        assert 0 < found.p <= 1
+    assert (ratios["size"].difference, ratios["size"].p) == (None, None)
+    for limit in made.limits:
+        low, high = limit.interval
+        assert low <= limit.value <= high
+        wanted = before[limit.metric].value + ratios[limit.metric].difference[1]
+        assert low == pytest.approx(max(0, wanted))
+    bound = {limit.metric: limit.bound for limit in made.limits}
+    assert bound["perplexity"] == pytest.approx(1.5 * before["perplexity"].value)
+    assert Artifact.open(tmp_path / "out").report == made
+
+
+def test_a_goal_on_energy_that_cannot_be_counted_is_refused(tmp_path, monkeypatch):
+    from tersor.metrics import _counters, cpu_seconds
+
+    monkeypatch.setattr(_counters, "_rapl", _no_counter)
+    monkeypatch.setattr(cpu_seconds, "SECONDS", 0.05)
+    with pytest.raises(
+        TargetError,
+        match=r"the goal speaks of energy; energy: unavailable: none here; in its place CPU-seconds "
+        r".*\. Set the goal on cpu_seconds",
+    ):
+        run(tmp_path, "fuse_batch_norm", goal={"best": "energy"})
+    made = run(tmp_path, "fuse_batch_norm", metrics=("size", "energy")).report
+    assert [m.metric for m in made.after] == ["size", "cpu_seconds"]
+    assert made.after[1].conditions["energy"] == "unavailable"
+    assert any(line.startswith("energy: unavailable: none here") for line in made.warnings)
+
+
+def _no_counter(powercap):
+    from tersor.metrics._counters import NoCounterError
+
+    raise NoCounterError("none here")
+
+
 def test_the_callers_network_is_untouched(tmp_path):
     net = networks.tiny_cnn()
     before = copy.deepcopy(net.state_dict())

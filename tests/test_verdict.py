@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from tersor.core.errors import RecipeError
@@ -129,3 +131,31 @@ def test_strict_wants_the_whole_interval_inside():
     assert loose.holds
     assert not strict.holds
     assert loose.bound == pytest.approx(89.0)
+
+
+def test_a_metric_where_lower_is_better_gains_when_it_falls():
+    def perplexity(value):
+        return Measurement(metric="perplexity", value=value, unit="1", better="lower")
+
+    seen = Evidence(
+        original=by_name(perplexity(5.0), size(100)),
+        before=by_name(perplexity(5.0), size(100)),
+        after=by_name(perplexity(4.8), size(100)),
+        quality={"perplexity": (0.2, 0.1, 0.3)},
+    )
+    found = judge(Goal(best="size", limits={"perplexity": "+2%"}), seen)
+    assert found.keep
+    assert found.reason == "perplexity 5 -> 4.8, better by 0.2 [0.1, 0.3]"
+    worse = dataclasses.replace(
+        seen,
+        after=by_name(perplexity(5.2), size(50)),
+        quality={"perplexity": (-0.2, -0.3, -0.1)},
+    )
+    found = judge(Goal(best="size", limits={"perplexity": "+2%"}), worse)
+    assert not found.keep
+    assert found.reason == ("breaks the limit perplexity=+2%: perplexity 5 -> 5.2, limit 5.1")
+    with pytest.raises(
+        RecipeError,
+        match=r"limit on accuracy: \+2% is for metrics where lower is better; write -2%",
+    ):
+        judge(Goal(best="latency", limits={"accuracy": "+2%"}), evidence())

@@ -94,7 +94,7 @@ def compress(
         option(
             "--limit",
             "METRIC=LIMIT",
-            "-1pt, -1%, 25%, '3 ms', '2 MB' (repeatable)",
+            "-1pt, -1%, +2%, 25%, '3 ms', '2 MB' (repeatable)",
             complete="metrics",
             after="=",
         ),
