@@ -99,6 +99,7 @@ def test_every_import_of_the_package_is_provided() -> None:
     everything = base | {name for extra in users for name in names_of(EXTRAS[extra])}
     # brought by a dependency that cannot work without it
     brought = {"rich": "typer", "click": "typer", "onnx_ir": "onnxscript", "cuda": "cuda-bindings"}
+    brought["pynvml"] = "nvidia-ml-py"  # its other name
     # modules of packages that are pinned under another name
     pinned_as = {
         "tensorflow": "tensorflow_cpu",

@@ -19,7 +19,7 @@ from tersor.core.errors import ModelError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.remote import Child, ChildError
 from tersor.core.runtime import Target
-from tersor.core.timing import time_runs
+from tersor.core.timing import cpu_seconds_of, time_runs
 from tersor.ops.lower import lower
 from tests import networks
 
@@ -45,6 +45,7 @@ def test_it_answers_as_in_memory(exported):
     with torch.no_grad():
         assert np.allclose(made, net(torch.from_numpy(x)).numpy(), atol=1e-5)
     assert 0 < time_runs([call], 0, 5).min() < 1000
+    assert 0 < cpu_seconds_of([call], 0, 5) < 1  # the child's, not this process's
     runner.close()
 
 

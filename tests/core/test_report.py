@@ -329,3 +329,20 @@ def test_drawing_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_paired_change_names_its_test_and_its_ends():
+    made = report()
+    tested = replace(
+        next(r for r in made.ratios if r.metric == "accuracy"),
+        how="paired on the same samples: McNemar's exact test, p = 0.01",
+        difference=(-0.76, -1.2, -0.3),
+        p=0.01,
+    )
+    ratios = tuple(tested if r.metric == "accuracy" else r for r in made.ratios)
+    shown = {pair.metric: pair for pair in pairs(replace(made, ratios=ratios))}
+    assert change(shown["accuracy"]) == "-0.76 points (-1.20 to -0.30)"
+    assert shown["accuracy"].how.endswith(
+        "; paired on the same samples: McNemar's exact test, p = 0.01"
+    )
+    assert "McNemar" in to_markdown(replace(made, ratios=ratios))

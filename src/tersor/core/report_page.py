@@ -145,7 +145,7 @@ def _before_after(report: Report) -> list[str]:
             _figure(pair.before),
             _figure(pair.after),
             _split(change(pair, "en"), change(pair, "zh")),
-            how=pair.any.how,
+            how=pair.how,
         )
         for pair in pairs(report)
     ]

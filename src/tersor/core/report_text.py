@@ -69,7 +69,7 @@ def _measured(report: Report, lang: Language) -> str:
     rows = []
     for pair in pairs(report):
         figures = figure(pair.before, lang), figure(pair.after, lang), change(pair, lang)
-        rows.append((metric_word(pair.metric, lang), *figures, pair.any.how))
+        rows.append((metric_word(pair.metric, lang), *figures, pair.how))
     return _table(head, rows)
 
 

@@ -60,6 +60,12 @@ class Pair:
         return value * (self.ratio.low - 1), value * (self.ratio.high - 1)
 
     @property
+    def how(self) -> str:
+        """Say how the figures were made, and where the change was tested, how."""
+        tested = self.ratio is not None and self.ratio.p is not None
+        return f"{self.any.how}; {self.ratio.how}" if tested and self.ratio else self.any.how
+
+    @property
     def any(self) -> Measurement:
         """Return the measurement there is."""
         found = self.after or self.before
