@@ -21,7 +21,7 @@ every_runtime = pytest.mark.parametrize("name", RUNTIMES)
 
 @every_runtime
 def test_is_described_by_its_last_line(name: str) -> None:
-    found = plugins.runtime(name)
+    found = plugins.own_runtime(name)
     assert isinstance(found, Runtime)
     assert found.takes in FORMS
     assert "cpu" in found.devices
@@ -49,7 +49,7 @@ def test_its_extra_is_what_it_imports(name: str) -> None:
         # of packages that are not installed here, the usual import name
         return found | {word.replace("-", "_") for word in words}
 
-    found = plugins.runtime(name)
+    found = plugins.own_runtime(name)
     to_run = provided(name) | provided("torch")
     assert set(found.to_run) <= to_run
     to_export = to_run | provided("onnx")
@@ -60,7 +60,7 @@ def test_its_extra_is_what_it_imports(name: str) -> None:
 
 def test_their_packages_are_imported_inside_export_and_load() -> None:
     packages = {
-        p for name in RUNTIMES for r in [plugins.runtime(name)] for p in (*r.to_export, *r.to_run)
+        p for name in RUNTIMES for r in [plugins.own_runtime(name)] for p in (*r.to_export, *r.to_run)
     }
     code = (
         "import sys\n"
