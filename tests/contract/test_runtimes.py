@@ -60,7 +60,10 @@ def test_its_extra_is_what_it_imports(name: str) -> None:
 
 def test_their_packages_are_imported_inside_export_and_load() -> None:
     packages = {
-        p for name in RUNTIMES for r in [plugins.own_runtime(name)] for p in (*r.to_export, *r.to_run)
+        p
+        for name in RUNTIMES
+        for r in [plugins.own_runtime(name)]
+        for p in (*r.to_export, *r.to_run)
     }
     code = (
         "import sys\n"
