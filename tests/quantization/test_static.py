@@ -42,7 +42,13 @@ def test_accuracy_stays_with_every_calibrator(calibrator: Any, tiny_context: Any
 
 
 @pytest.mark.parametrize(
-    "config", [Static(symmetric=True), Static(per_channel=False), Static(float_ends=True)]
+    "config",
+    [
+        Static(symmetric=True),
+        Static(symmetric=True, power_of_two=True),
+        Static(per_channel=False),
+        Static(float_ends=True),
+    ],
 )
 def test_accuracy_stays_with_other_settings(config: Static, tiny_context: Any) -> None:
     net = networks.tiny_cnn()
@@ -255,3 +261,26 @@ def test_real_networks_stay_within_a_point(name: str, workload: Any, tiny_contex
             for key, one in (("before", net), ("after", made)):
                 right[key].append((one(batch["x"]).argmax(1) == batch["labels"]).float())
     assert torch.cat(right["after"]).mean() >= torch.cat(right["before"]).mean() - 0.01
+
+
+def test_scales_are_the_next_power_of_two(tiny_context: Any) -> None:
+    """Codes then are fixed-point numbers, and no value that fitted before is clipped."""
+    net = networks.tiny_cnn()
+    plain = static(copy.deepcopy(net), Static(symmetric=True), tiny_context(net))
+    made = static(copy.deepcopy(net), Static(symmetric=True, power_of_two=True), tiny_context(net))
+    before, after = dict(plain.named_modules()), dict(made.named_modules())
+    seen = 0
+    for name, module in after.items():
+        if isinstance(module, (Quantize, QuantConv2d, QuantLinear)):
+            wide = torch.as_tensor(module.scale, dtype=torch.float64)
+            narrow = torch.as_tensor(before[name].scale, dtype=torch.float64)
+            assert bool((wide.log2() % 1 == 0).all())
+            # scales without the option are near the range's, within 0.1 %
+            assert bool(((wide >= narrow * 0.999) & (wide < narrow * 2.002)).all())
+            seen += 1
+    assert seen > 10
+
+
+def test_powers_of_two_are_refused_with_zero_points() -> None:
+    with pytest.raises(ValueError, match=r"^power_of_two needs symmetric: fixed-point numbers "):
+        Static(power_of_two=True)

@@ -245,6 +245,22 @@ def source(name: str) -> Source:
     return found
 
 
+def converted(name: str, place: Path, file: Path, *, seconds: float) -> None:
+    """Let a source write what is at `place` as an ONNX file, in a child process.
+
+    Raises:
+        DependencyError: its packages are missing, and it has no environment of its own here.
+        TersorError: what the source raised. TargetError: the child died, or took too long.
+    """
+    found = source(name)
+    here = all(installed(package) for package in found.to_convert)
+    python = sys.executable if here else environments.python(name)
+    if python is None:
+        require("sources", name, found.to_convert)
+        raise AssertionError("all packages are there")
+    remote.converted(name, python, place, file, seconds=seconds)
+
+
 @cache
 def deployment(name: str) -> Deployment:
     """Load a deployment."""

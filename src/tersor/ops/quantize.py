@@ -22,7 +22,12 @@ _BIAS_CODES = 2.0**30
 
 
 def activation_grid(
-    low: float, high: float, *, symmetric: bool = False, inside: bool = False
+    low: float,
+    high: float,
+    *,
+    symmetric: bool = False,
+    inside: bool = False,
+    power_of_two: bool = False,
 ) -> tuple[float, int, int, int]:
     """Return scale, zero, lowest and highest code of 8 bits for values of a range.
 
@@ -35,6 +40,8 @@ def activation_grid(
         symmetric: Codes -128..127 with zero 0, as TensorRT asks for; else 0..255 with any zero.
         inside: Round the scale so that no code stands for more than `high`. A runtime leaves out a
             clip at `high` only then.
+        power_of_two: Scales 2**n, the next one up, of symmetric codes: those of fixed-point
+            hardware.
 
     Raises:
         ValueError: an end of the range is not finite.
@@ -45,6 +52,8 @@ def activation_grid(
     if symmetric:
         bound = max(-low, high)
         scale = max(bound / 127, _TINY) if bound else 1.0
+        if power_of_two:
+            return next_power_of_two(scale), 0, -128, 127
         most = bound / 127 if inside and high == bound else None
         return exact_scale(scale, 0, most), 0, -128, 127
     if high == low:
@@ -54,6 +63,12 @@ def activation_grid(
     if inside and zero < 255:
         return exact_scale(min(scale, high / (255 - zero)), zero, high / (255 - zero)), zero, 0, 255
     return exact_scale(scale, zero), zero, 0, 255
+
+
+def next_power_of_two(scale: float) -> float:
+    """Return the smallest 2**n that is not below `scale`, which is positive."""
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(1.0, exponent - (mantissa == 0.5))
 
 
 def exact_scale(scale: float, zero: int, most: float | None = None) -> float:
@@ -92,6 +107,7 @@ def channel_scales(
     clip: bool = False,
     bias_O: Float[Tensor, "O"] | None = None,
     input_scale: float | None = None,
+    power_of_two: bool = False,
 ) -> Float[Tensor, "O"]:
     """Return the scale of each output channel for symmetric codes.
 
@@ -105,6 +121,7 @@ def channel_scales(
         clip: Choose the range with the smallest squared error; else the largest weight is its end.
         bias_O: Bias that is added to the products.
         input_scale: Scale of the layer's input.
+        power_of_two: Scales 2**n, the next one up.
 
     Raises:
         ValueError: a weight is NaN or infinite.
@@ -116,7 +133,10 @@ def channel_scales(
         scale_O = _least_error(weight_OI[:, None], scale_O[:, None], -most, most)[:, 0]
     if bias_O is not None and input_scale is not None:
         scale_O = scale_O.maximum(bias_O.abs() / (input_scale * _BIAS_CODES))
-    return torch.where(scale_O > 0, scale_O.clamp_min(_TINY), 1.0)
+    scale_O = torch.where(scale_O > 0, scale_O.clamp_min(_TINY), 1.0)
+    if power_of_two:
+        scale_O = torch.tensor([next_power_of_two(scale) for scale in scale_O.tolist()])
+    return scale_O
 
 
 def _least_error(

@@ -328,7 +328,7 @@ def _elsewhere(
     named = _Named(layer)
     with contextlib.ExitStack() as stack:
         for name in plugins.names("runtimes"):
-            runtime = plugins.runtime(name)
+            runtime = plugins.own_runtime(name)  # in this process, at full speed
             packages = (*runtime.to_export, *runtime.to_run)
             able = runtime.takes == "onnx" and "cpu" in runtime.devices
             if not able or not all(plugins.installed(package) for package in packages):

@@ -68,6 +68,7 @@ def measure_ranges(
     calibrator: Calibrator,
     percentile: float = 99.99,
     symmetric: bool = False,
+    power_of_two: bool = False,
 ) -> tuple[list[tuple[Point, Quantize]], int]:
     """Decide where to round for the chosen layers, and on which grids, from calibration data.
 
@@ -85,6 +86,7 @@ def measure_ranges(
         calibrator=calibrator,
         percentile=percentile,
         symmetric=symmetric,
+        power_of_two=power_of_two,
     )
 
 
@@ -96,6 +98,7 @@ def measure_points(
     calibrator: Calibrator,
     percentile: float = 99.99,
     symmetric: bool = False,
+    power_of_two: bool = False,
 ) -> tuple[list[tuple[Point, Quantize]], int]:
     """Decide on the grids of given places; as `measure_ranges`."""
     if context.data.calibration is None:
@@ -112,7 +115,9 @@ def measure_points(
     for point, histogram in zip(points, counted, strict=True):
         low, high = _calibrators(percentile)[calibrator](histogram)
         inside = point.ceiling is not None and high <= point.ceiling
-        grid = activation_grid(low, high, symmetric=symmetric, inside=inside)
+        grid = activation_grid(
+            low, high, symmetric=symmetric, inside=inside, power_of_two=power_of_two
+        )
         made.append((point, Quantize(*grid)))
     return made, samples
 
@@ -128,7 +133,13 @@ def _calibrators(percent: float) -> Mapping[Calibrator, calibrators.Calibrator]:
 
 
 def weight_scales(
-    captured: fx.GraphModule, name: str, rounded: Rounded, *, bits: int, clip: bool
+    captured: fx.GraphModule,
+    name: str,
+    rounded: Rounded,
+    *,
+    bits: int,
+    clip: bool,
+    power_of_two: bool = False,
 ) -> Tensor:
     """Return the scale of each output channel of layer `name`.
 
@@ -151,6 +162,7 @@ def weight_scales(
             clip=clip,
             bias_O=bias.detach() if isinstance(bias, nn.Parameter) else None,
             input_scale=min(inputs, default=None),
+            power_of_two=power_of_two,
         )
     except ValueError as error:
         raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error

@@ -37,6 +37,9 @@ class Static:
     """Share of the values that calibrator `percentile` keeps, in percent, in (50, 100]."""
     symmetric: bool = False
     """Activations as int8 around 0, as TensorRT asks for; else uint8 with any zero."""
+    power_of_two: bool = False
+    """Scales 2**n, so that codes are fixed-point numbers: what FPGAs compute with. The next power
+    up, so up to a bit is lost; needs `symmetric`."""
     per_channel: bool = True
     """A scale for each output channel of the weights; else one for each layer."""
     float_ends: bool = False
@@ -49,6 +52,8 @@ class Static:
             raise ValueError(f"weight_bits must be 2 to 8, got {self.weight_bits}")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile must be in (50, 100], got {self.percentile}")
+        if self.power_of_two and not self.symmetric:
+            raise ValueError("power_of_two needs symmetric: fixed-point numbers have no zero point")
 
     def weaker(self) -> Self | None:
         """Clip less harmfully, then leave the two most sensitive layers in float."""
@@ -88,9 +93,15 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         calibrator=config.calibrator,
         percentile=config.percentile,
         symmetric=config.symmetric,
+        power_of_two=config.power_of_two,
     )
     clip, bits = config.weight_range == "mse", config.weight_bits
-    scales = {name: weight_scales(captured, name, rounded, bits=bits, clip=clip) for name in chosen}
+    scales = {
+        name: weight_scales(
+            captured, name, rounded, bits=bits, clip=clip, power_of_two=config.power_of_two
+        )
+        for name in chosen
+    }
     if not config.per_channel:
         scales = {name: s.max().expand_as(s).clone() for name, s in scales.items()}
     make_integer(captured, scales, dict.fromkeys(chosen, bits), rounded, context)

@@ -1,14 +1,21 @@
-"""OpenVINO on the CPU."""
+"""OpenVINO on the CPU.
+
+Options: `precision` (fp32, bf16, fp16); `hint` (`latency`, the default, or `throughput`: a batch is
+shared among requests that run at once, each with threads of its own); `streams` (how many, by
+default one, or for throughput as many as OpenVINO thinks best); `sparse_rate` (0 to 1: matrices of
+int8 weights with at least that share of zeros stay packed in memory, which OpenVINO does only on
+processors with AMX, for channels that are multiples of 64; not verified on hardware).
+"""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import ModelError, TargetError
-from tersor.core.hardware import usable_cores
+from tersor.core.errors import ModelError, TargetError, suggest
+from tersor.core.hardware import probe, usable_cores
 from tersor.core.model import Inputs
 from tersor.core.runtime import (
     Arrays,
@@ -21,7 +28,54 @@ from tersor.core.runtime import (
 )
 from tersor.core.timing import middle_mean
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_HINTS = ("latency", "throughput")
+
+
+def settings(target: Target, flags: Collection[str]) -> dict[str, Any]:
+    """Return what OpenVINO is told to compile for.
+
+    Args:
+        target: Whose options are read.
+        flags: Instruction sets of the processor.
+
+    Raises:
+        TargetError: a value that cannot be; the nearest one is suggested.
+    """
+    options = target.options
+    precision, hint = options.get("precision", "fp32"), options.get("hint", "latency")
+    for name, given, known in (
+        ("precision", precision, tuple(_PRECISIONS)),
+        ("hint", hint, _HINTS),
+    ):
+        if given not in known:
+            raise TargetError(
+                f"openvino has no {name} {given!r}; use one of {', '.join(known)}."
+                f"{suggest(str(given), known)}"
+            )
+    made = {
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
+        "INFERENCE_NUM_THREADS": target.threads or usable_cores(),
+        "PERFORMANCE_HINT": hint.upper(),
+        # compressed weights: no quantization of activations on the fly
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
+    streams = options.get("streams", 1 if hint == "latency" else None)
+    if streams is not None:
+        if not isinstance(streams, int) or isinstance(streams, bool) or streams < 1:
+            raise TargetError(f"streams must be a whole number from 1; got {streams!r}")
+        made["NUM_STREAMS"] = streams
+    rate = options.get("sparse_rate")
+    if rate is not None:
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate <= 1:
+            raise TargetError(f"sparse_rate must be a share of zeros, 0 to 1; got {rate!r}")
+        if not any(flag.startswith("amx") for flag in flags):
+            raise TargetError(
+                "sparse_rate needs a processor with AMX, which this one lacks; OpenVINO would "
+                "keep every weight. Leave the option out"
+            )
+        made["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = float(rate)
+    return made
 
 
 def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
@@ -42,7 +96,7 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
 
 
 def load(path: Path, target: Target) -> Runner:
-    """Compile for latency, in fp32 unless a step chose another precision."""
+    """Compile, in fp32 unless a step chose another precision."""
     return _Runner(_compiled(path, target))
 
 
@@ -103,11 +157,8 @@ def fused(path: Path, target: Target) -> Sequence[RanOperator]:
 def _compiled(path: Path, target: Target, counting: bool = False) -> Any:
     import openvino
 
+    told = settings(target, probe().flags) | {"PERF_COUNT": counting}
     precision = str(target.options.get("precision", "fp32"))
-    if precision not in _HINTS:
-        raise TargetError(
-            f"openvino has no precision {precision!r}; use one of {', '.join(_HINTS)}"
-        )
     core = openvino.Core()
     if precision != "fp32":
         able = [str(x).lower() for x in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
@@ -115,49 +166,60 @@ def _compiled(path: Path, target: Target, counting: bool = False) -> Any:
             raise TargetError(
                 f"this processor does not compute in {precision}; OpenVINO has: {', '.join(able)}"
             )
-    settings = {
-        "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        "INFERENCE_NUM_THREADS": target.threads or usable_cores(),
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "PERF_COUNT": counting,
-        # compressed weights: no quantization of activations on the fly
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-    }
     try:
-        return core.compile_model(str(path), "CPU", settings)
+        return core.compile_model(str(path), "CPU", told)
     except Exception as error:
         raise TargetError(f"OpenVINO cannot load {path.name}: {_plain(error)}") from error
 
 
 class _Runner:
-    """A compiled model with one inference request for each binding."""
+    """A compiled model; each binding has requests of its own, as many as run at once."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
         self.names = [port.get_any_name() for port in compiled.inputs]
         self.outputs = [port.get_any_name() for port in compiled.outputs]
+        ports = [*compiled.inputs, *compiled.outputs]
+        free = all(_has_free_batch(port.partial_shape) for port in ports)
+        self.most = int(compiled.get_property("NUM_STREAMS")) if free else 1
 
     def bind(self, inputs: Arrays) -> Callable[[], Arrays]:
         import openvino
 
-        request = self.compiled.create_infer_request()
-        kept = {name: np.ascontiguousarray(inputs[name]) for name in self.names}
-        for name, array in kept.items():
-            request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+        kept = {name: np.array(inputs[name], order="C") for name in self.names}
+        count = min(len(array) for array in kept.values()) if self.most > 1 else 1
+        cuts = np.array_split(np.arange(count), min(self.most, count))
+        requests = []
+        for cut in cuts:
+            request = self.compiled.create_infer_request()
+            for name, array in kept.items():
+                part = array if len(cuts) == 1 else array[cut[0] : cut[-1] + 1]
+                request.set_tensor(name, openvino.Tensor(part, shared_memory=True))
+            requests.append(request)
 
         def call() -> Arrays:
-            assert kept  # the request reads their memory
+            assert kept  # the requests read their memory
             try:
-                request.infer()
+                if len(requests) == 1:
+                    requests[0].infer()
+                else:
+                    for request in requests:
+                        request.start_async()
+                    for request in requests:
+                        request.wait()
             except Exception as error:
                 raise TargetError(f"OpenVINO failed while running: {_plain(error)}") from error
-            return {n: np.array(request.get_tensor(n).data) for n in self.outputs}
+            made = {n: [np.array(r.get_tensor(n).data) for r in requests] for n in self.outputs}
+            return {n: p[0] if len(p) == 1 else np.concatenate(p) for n, p in made.items()}
 
         return call
 
     def close(self) -> None:
         del self.compiled
+
+
+def _has_free_batch(shape: Any) -> bool:
+    return shape.rank.is_static and len(shape) > 0 and shape[0].is_dynamic
 
 
 def _plain(error: Exception) -> str:
@@ -174,7 +236,7 @@ RUNTIME = Runtime(
     fused=fused,
     inputs=inputs,
     suffixes=(".xml",),
-    options=("threads", "precision"),
+    options=("threads", "precision", "hint", "streams", "sparse_rate"),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("openvino", "onnx", "onnxscript"),
     to_run=("openvino",),

@@ -1,0 +1,91 @@
+"""OpenVINO: options, streams, memory."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("openvino")
+
+from tersor.core.errors import TargetError
+from tersor.core.model import Inputs
+from tersor.core.runtime import Target
+from tersor.runtimes import openvino as runtime
+from tests.runners import linear_onnx
+
+X = np.random.default_rng(0).standard_normal((7, 6)).astype(np.float32)
+
+
+def target(**options: Any) -> Target:
+    return Target(runtime="openvino", options={"threads": 2, **options})
+
+
+def exported(folder: Path, batch: Any = "batch") -> Path:
+    import onnx
+
+    net = onnx.load(linear_onnx(folder / "source.onnx", batch=batch))
+    return runtime.export(net, folder, Inputs(example={}))[0]
+
+
+def wanted() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    weight, bias = rng.standard_normal((6, 4)), rng.standard_normal(4)
+    return X @ weight.astype(np.float32) + bias.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "requests"),
+    [({}, 1), ({"hint": "throughput", "streams": 2}, 2), ({"streams": 2}, 2)],
+)
+def test_samples_are_shared_among_streams(options: Any, requests: int, tmp_path: Path) -> None:
+    runner: Any = runtime.load(exported(tmp_path), target(**options))
+    assert runner.most == requests
+    np.testing.assert_allclose(runner.bind({"x": X})()["y"], wanted(), rtol=1e-5)
+    np.testing.assert_allclose(runner.bind({"x": X[:1]})()["y"], wanted()[:1], rtol=1e-5)
+    runner.close()
+
+
+def test_throughput_leaves_the_number_of_streams_to_openvino(tmp_path: Path) -> None:
+    assert "NUM_STREAMS" not in runtime.settings(target(hint="throughput"), ())
+    runner = runtime.load(exported(tmp_path), target(hint="throughput"))
+    np.testing.assert_allclose(runner.bind({"x": X})()["y"], wanted(), rtol=1e-5)
+
+
+def test_a_fixed_batch_is_not_cut(tmp_path: Path) -> None:
+    runner = runtime.load(exported(tmp_path, batch=7), target(streams=2))
+    np.testing.assert_allclose(runner.bind({"x": X})()["y"], wanted(), rtol=1e-5)
+
+
+def test_a_bound_call_keeps_its_inputs(tmp_path: Path) -> None:
+    runner, x = runtime.load(exported(tmp_path), target()), X.copy()
+    call = runner.bind({"x": x})
+    before = call()["y"]
+    x[:] = 0
+    np.testing.assert_array_equal(call()["y"], before)
+
+
+def test_sparse_weights_are_asked_for_where_they_help() -> None:
+    made = runtime.settings(target(sparse_rate=0.7), ("avx2", "amx_int8"))
+    assert made["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] == 0.7
+    with pytest.raises(TargetError, match=r"^sparse_rate needs a processor with AMX, which this"):
+        runtime.settings(target(sparse_rate=0.7), ("avx2",))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"hint": "latncy"},
+            r"^openvino has no hint 'latncy'; use one of latency, throughput\. Did you mean "
+            r"'latency'\?$",
+        ),
+        ({"precision": "int8"}, r"^openvino has no precision 'int8'; use one of fp32, bf16, fp16"),
+        ({"streams": 0}, r"^streams must be a whole number from 1; got 0$"),
+        ({"streams": True}, r"^streams must be a whole number from 1; got True$"),
+        ({"sparse_rate": 70}, r"^sparse_rate must be a share of zeros, 0 to 1; got 70$"),
+    ],
+)
+def test_wrong_options_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        runtime.settings(target(**options), ("amx_int8",))
