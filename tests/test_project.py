@@ -39,8 +39,8 @@ def tree() -> list[Path]:
     return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
 
 
-ELSEWHERE = {*environments.known(), "tensorrt"}
-"""Extras whose packages are pinned in an environment of their own, or need a GPU."""
+ELSEWHERE = {*environments.known(), "tensorrt", "huggingface"}
+"""Extras whose packages are pinned in an environment of their own, or that the tests skip."""
 
 
 def text_of(file: Path) -> str:

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 from tersor.core import errors
 from tersor.core.errors import TargetError, TersorError
+from tersor.core.hardware import probe
 from tersor.core.runtime import (
     Arrays,
     OperatorTime,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 HandOver = Callable[[Any, Path, "Inputs"], Path]
 """Write a network into a folder so that another process can read it; return the file."""
+_LEAST, _SHARE = 1 << 30, 0.8
+"""This share of the free memory, but so many bytes at least."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 # the child imports tersor from this very folder and nothing else of this environment
 _START = """
@@ -280,6 +283,12 @@ def converted(name: str, python: str | Path, place: Path, file: Path, *, seconds
         child.ask("convert", seconds=seconds, place=str(place.resolve()), file=str(file.resolve()))
     finally:
         child.close()
+
+
+def usable_memory() -> int | None:
+    """Return the bytes that a child may allocate for what nobody vouches for; None: unknown."""
+    free = probe().available_bytes
+    return None if free is None else max(_LEAST, int(free * _SHARE))
 
 
 def signatures(answer: Message) -> dict[str, Signature]:

@@ -18,7 +18,7 @@ _CONVERT = (
     "convert it once, where you trust it: "
     "safetensors.torch.save_file({load}, 'weights.safetensors')"
 )
-_LOADS = {".joblib": "joblib.load(FILE)", ".dill": "dill.load(open(FILE, 'rb'))"}
+_LOADERS = {".joblib": ("joblib", "FILE"), ".dill": ("dill", "open(FILE, 'rb')")}
 
 
 def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...]:
@@ -36,9 +36,8 @@ def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...
         ModelError: the file is a pickle, damaged, or does not fit; lists what, and likely renames.
     """
     if file.suffix.lower() in PICKLED:
-        convert = _CONVERT.format(
-            load=_LOADS.get(file.suffix.lower(), "torch.load(FILE, weights_only=True)")
-        )
+        loader, words = _LOADERS.get(file.suffix.lower(), ("torch", "FILE, weights_only=True"))
+        convert = _CONVERT.format(load=f"{loader}.load({words})")
         raise ModelError(
             f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when "
             f"loaded, and are not read; {convert}"
