@@ -798,6 +798,8 @@ def judged(verdicts: list[Plain]) -> str:
 
 def everywhere(network: str) -> str:
     """One row a runtime: what it made of a network."""
+    from tersor.core.report_words import human
+
     raw = stored("all_runtimes")
     found = [r for r in raw["results"] if r["network"] == network] if raw else []
     if not found:
@@ -828,8 +830,8 @@ def everywhere(network: str) -> str:
     busy = f" {made['warnings'][0].capitalize()}." if made["warnings"] else ""
     return (
         table(head, rows)
-        + f"\nBatch {made['batch']}, {made['threads']} thread, split {made['split']}. Speed is that "
-        f"of the first row, interleaved, with a 95 % interval.{busy}\n" + told
+        + f"\nBatch {made['batch']}, {made['threads']} thread, split {made['split']}. Speed is "
+        f"that of the first row, interleaved, with a 95 % interval.{busy}\n" + told
     )
 
 
