@@ -31,6 +31,7 @@ def pages() -> dict[str, str]:
         "recipes.md": _recipes(),
         "metrics.md": _metrics(),
         "runtimes.md": _runtimes(),
+        "deployments.md": _deployments(),
     }
 
 
@@ -86,12 +87,16 @@ def _techniques() -> str:
         if found["paper"]:
             facts.append(f"paper: {found['paper']}")
         parts += [f"## {row['name']}", found["text"], f"{'; '.join(facts)}."]
-        settings = [
-            (f"`{s['name']}`", f"`{json.dumps(s['default'])}`", s["type"], s["description"])
-            for s in found["settings"]
-        ]
-        parts.append(_table(("setting", "default", "type", ""), settings) or "No settings.")
+        parts.append(_settings(found["settings"]))
     return _page(parts)
+
+
+def _settings(found: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (f"`{s['name']}`", f"`{json.dumps(s['default'])}`", s["type"], s["description"])
+        for s in found
+    ]
+    return _table(("setting", "default", "type", ""), rows) or "No settings."
 
 
 def _recipes() -> str:
@@ -129,6 +134,20 @@ def _runtimes() -> str:
             ("packages to run", ", ".join(found["to_run"]) or "-"),
         ]
         parts += [f"## {row['name']}", found["text"], _table(("", ""), facts)]
+    return _page(parts)
+
+
+def _deployments() -> str:
+    parts = [
+        "# Deployments",
+        NOTE,
+        "What runs an artifact elsewhere: `tersor deploy ARTIFACT --to NAME --out DIR "
+        "[--option SETTING=VALUE]`. See [how to deploy](../how-to/deploy.md).",
+    ]
+    for row in entries("deployments"):
+        found = about("deployments", row["name"])
+        facts = f"Takes artifacts of: {', '.join(found['runtimes'])}."
+        parts += [f"## {row['name']}", found["text"], facts, _settings(found["settings"])]
     return _page(parts)
 
 

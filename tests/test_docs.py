@@ -2,7 +2,8 @@
 
 The blocks of a page run in order, in one folder that is empty at first: what one writes, the next one
 reads. Each Python block is complete: it runs as pasted into a new interpreter. `<!-- skip: why -->` above a block leaves it out, `<!-- file: x -->`
-writes it to a file first, `<!-- exit: 1 -->` says how a shell block ends. A page that has
+writes it to a file first, `<!-- exit: 1 -->` says how a shell block ends, and the lines of a block under
+`<!-- output -->` are among those that the shell block before it printed. A page that has
 `<!-- slow -->` in it takes longer than a second.
 """
 
@@ -42,6 +43,7 @@ class Block:
     skip: bool
     file: str
     exit: int
+    output: bool
 
 
 def blocks(page: Path) -> list[Block]:
@@ -60,6 +62,7 @@ def blocks(page: Path) -> list[Block]:
                 skip="<!-- skip:" in marks,
                 file=file[1] if file else "",
                 exit=int(ends[1]) if ends else 0,
+                output="<!-- output -->" in marks,
             )
         )
     return made
@@ -82,6 +85,7 @@ def runnable() -> list[object]:
 @pytest.mark.parametrize("page", runnable())
 def test_blocks_run(page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     made = tmp_path_factory.getbasetemp() / "demo-of-the-docs"
+    printed = ""
     for block in blocks(page):
         if block.file:
             place = tmp_path / block.file
@@ -94,7 +98,10 @@ def test_blocks_run(page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPat
             run([sys.executable, "-c", block.body], tmp_path, where, block.exit)
         elif block.lang in SHELLS:
             body = without_demo(block.body, tmp_path, made)
-            run(["bash", "-euo", "pipefail", "-c", body], tmp_path, where, block.exit)
+            printed = run(["bash", "-euo", "pipefail", "-c", body], tmp_path, where, block.exit)
+        elif block.output:
+            absent = [line for line in block.body.splitlines() if line not in printed.splitlines()]
+            assert not absent, f"{where}: not printed: {absent}; but:\n{printed}"
 
 
 DEMO = "tersor demo --out demo\n"
@@ -112,13 +119,14 @@ def without_demo(body: str, folder: Path, made: Path) -> str:
     return body.removeprefix(DEMO) or "true"
 
 
-def run(words: list[str], folder: Path, where: str, wanted: int) -> None:
+def run(words: list[str], folder: Path, where: str, wanted: int) -> str:
     binaries = str(Path(sys.executable).parent)
     env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "NO_COLOR": "1"}
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == wanted, (
         f"{where}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     )
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

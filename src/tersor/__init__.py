@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tersor.core.plugins import catalog as catalog
     from tersor.core.recipe import Recipe as Recipe
     from tersor.core.runtime import Target as Target
+    from tersor.deployer import deploy as deploy
     from tersor.explainer import explain as explain
     from tersor.pipeline import compress as compress
     from tersor.pipeline import load as load
@@ -38,6 +39,7 @@ _PLACES = {
     "catalog": "tersor.core.plugins",
     "compare": "tersor.benchmark",
     "compress": "tersor.pipeline",
+    "deploy": "tersor.deployer",
     "explain": "tersor.explainer",
     "load": "tersor.pipeline",
     "load_data": "tersor.pipeline",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tersor._cli_talk import KINDS, colored, show, show_json, table
-from tersor.core import plugins
+from tersor.core import environments, plugins
 from tersor.core.errors import RecipeError, suggest
 
 
@@ -43,8 +43,16 @@ def entries(kind: str) -> list[dict[str, Any]]:
     for entry in plugins.catalog()[kind]:
         missing = [p for p in needs(kind, entry["name"]) if not plugins.installed(p)]
         line = plugins.install_line(entry["name"], missing[0]) if missing else None
-        rows.append({**entry, "installed": not missing, "install": line})
+        if kind == "deployments":
+            line = line or _create_line(entry["name"])
+        rows.append({**entry, "installed": line is None, "install": line})
     return rows
+
+
+def _create_line(deployment: str) -> str | None:
+    """Say how to make the environment that a deployment needs, where it is not there."""
+    name = plugins.deployment(deployment).environment
+    return f"tersor doctor --create {name}" if name and not environments.python(name) else None
 
 
 def needs(kind: str, name: str) -> list[str]:
@@ -159,12 +167,22 @@ def about(kind: str, name: str) -> dict[str, Any]:
     elif kind == "metrics":
         metric = plugins.metric(name)
         facts = {"unit": metric.unit, "better": metric.better, "needs": list(metric.needs)}
+    elif kind == "deployments":
+        deployment = plugins.deployment(name)
+        facts = {
+            "runtimes": list(deployment.runtimes),
+            "environment": deployment.environment or None,
+            "check": deployment.check,
+            "settings": settings(deployment.options),
+        }
     elif kind == "sources":
         facts = {"suffixes": list(plugins.source(name).suffixes)}
     else:
         facts = {"packages": packages}
     missing = [package for package in packages if not plugins.installed(package)]
     install = plugins.install_line(name, missing[0]) if missing else None
+    if kind == "deployments":
+        install = install or _create_line(name)
     return {**made, **facts, "install": install, "text": doc}
 
 

@@ -55,7 +55,7 @@ def show(
         str | None,
         argument(
             "NAME",
-            "a technique, recipe, runtime, metric, source or dataset",
+            "a technique, recipe, runtime, metric, source, dataset or deployment",
             autocompletion=lambda: names("any"),
         ),
     ] = None,

@@ -1,6 +1,6 @@
-"""The program of a child process: one runtime, asked over a pipe. `core/remote.py` starts it.
+"""The program of a child process: one runtime or source, asked over a pipe.
 
-Needs numpy, PyYAML and the runtime's packages, nothing else.
+`core/remote.py` starts it. It needs numpy, PyYAML and the packages of its plugin, nothing else.
 """
 
 import contextlib
@@ -15,18 +15,26 @@ import numpy as np
 
 from tersor.core import plugins
 from tersor.core.errors import TersorError
-from tersor.core.model import Inputs
+from tersor.core.model import Inputs, Source
 from tersor.core.runtime import Arrays, Form, Runner, Runtime, Target
 from tersor.core.schema import to_plain
 from tersor.core.wire import Message, receive, send
 
 
 def main(words: Sequence[str]) -> None:
-    """Run `memory FOLDER`, or `serve NAME [BYTES]`: answer until the other side closes the pipe."""
+    """Run `memory FOLDER`, `saved_model FOLDER`, or answer until the other side closes the pipe.
+
+    `serve RUNTIME [BYTES]` runs networks; `convert SOURCE [BYTES]` writes them as ONNX.
+    """
     if words[0] == "memory":
         from tersor.metrics import _child
 
         _child.main(Path(words[1]))
+        return
+    if words[0] == "saved_model":
+        from tersor.deployments import _savedmodel
+
+        _savedmodel.main(Path(words[1]))
         return
     if len(words) > 2:
         _limit(int(words[2]))
@@ -34,7 +42,11 @@ def main(words: Sequence[str]) -> None:
     with os.fdopen(os.dup(0), "rb") as stdin, os.fdopen(os.dup(1), "wb") as stdout:
         os.dup2(2, 1)
         sys.stdout = sys.stderr
-        served = _Served(words[1], plugins.own_runtime(words[1]))
+        served: _Served | _Converting
+        if words[0] == "convert":
+            served = _Converting(plugins.source(words[1]))
+        else:
+            served = _Served(words[1], plugins.own_runtime(words[1]))
         while (asked := receive(stdin)) is not None:
             try:
                 answer = served.answer(asked)
@@ -62,6 +74,19 @@ def _said(name: str, error: Exception) -> dict[str, str]:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{name}: {type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
     return {"error": "TargetError", "message": text}
+
+
+class _Converting:
+    """A source that writes networks as ONNX."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def answer(self, asked: Message) -> Message:
+        """Write one."""
+        assert self.source.convert is not None
+        self.source.convert(Path(asked.fields["place"]), Path(asked.fields["file"]))
+        return Message(fields={})
 
 
 class _Served:

@@ -35,6 +35,7 @@ VERBS = (
     "explain",
     "profile",
     "run",
+    "deploy",
     "list",
     "show",
     "inspect",
@@ -391,6 +392,38 @@ def run(
     code = _cli_run.run(
         artifact, inputs=inputs, output=output, device=device, threads=threads, as_json=json
     )
+    raise typer.Exit(code)
+
+
+@app.command(
+    short_help="write what a server or a program needs to run an artifact",
+    epilog=example(
+        "tersor demo --out demo",
+        "tersor deploy demo --to triton --out repository --option name=digits",
+    ),
+)
+def deploy(
+    artifact: Annotated[str, argument("ARTIFACT", "a folder that compress made")],
+    to: Annotated[
+        str,
+        option("--to", "NAME", "such as triton: `tersor list deployments`", complete="deployments"),
+    ],
+    out: Annotated[Path, option("--out", "DIR", "the folder to write")],
+    options: Annotated[
+        list[str] | None,
+        option("--option", "NAME=VALUE", "a setting that `tersor show NAME` lists (repeatable)"),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what a server, a cluster or a program needs to run an artifact.
+
+    The artifact's hashes are compared first, and it is run once to see what it takes and gives.
+    """
+    from tersor import _cli_deploy
+
+    del debug
+    code = _cli_deploy.deploy(artifact, to=to, out=out, options=options or [], as_json=json)
     raise typer.Exit(code)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tersor import trainer, workspace
-from tersor.core import artifact, packing, plugins
+from tersor.core import artifact, packing, plugins, sniffing
 from tersor.core.artifact import Artifact
 from tersor.core.context import Data, Fit, Track, silent
 from tersor.core.errors import DataError, ModelError, suggest
@@ -46,7 +46,8 @@ def load(source: str, *, weights: str | Path | None = None, partial: bool = Fals
     """Load a network.
 
     Args:
-        source: "package.module:factory", "file.py:factory", "x.pt2", "x.onnx", or "SOURCE:place".
+        source: "package.module:factory", "file.py:factory", "x.pt2", "x.onnx", or "SOURCE:place",
+            such as "huggingface:FOLDER".
         weights: A .safetensors file for a module, or an artifact made from it.
         partial: Load the weights that fit, and say in `Model.notes` what did not.
 
@@ -69,6 +70,8 @@ def load(source: str, *, weights: str | Path | None = None, partial: bool = Fals
     for candidate in known:
         if Path(source).suffix in plugins.source(candidate).suffixes:
             return plugins.source(candidate).load(source, weights=path, partial=partial)
+    if Path(source).exists() and Path(source).suffix != ".py":
+        raise ModelError(f"{source!r} {sniffing.no_network(Path(source))}")
     return plugins.source("module").load(source, weights=path, partial=partial)
 
 
@@ -229,7 +232,7 @@ def compress(
             seconds=time.perf_counter() - started,
         )
         origin = None if guide is None else guide.origin
-        made = _write(out, run, before, current, report, mark, origin)
+        made = _write(out, run, before, current, report, mark, origin, model.processor)
         workspace.remove(work)
     return made
 
@@ -294,8 +297,9 @@ def _write(
     report: Report,
     mark: Mapping[str, str],
     teacher: str | None,
+    processor: Sequence[Path],
 ) -> Artifact:
-    """Write the artifact, with the untouched original beside the result."""
+    """Write the artifact, with the untouched original and the processor beside the result."""
     manifest = {
         "origin": report.origin,
         "recipe": run.recipe.plain(),
@@ -319,6 +323,8 @@ def _write(
         report=replace(report, after=report.before, stages=(), ratios=(), limits=()),
     )
     folders = {"original": sorted(original.path.iterdir())}
+    if processor:
+        folders["processor"] = list(processor)
     if after.folder is not None:  # what a later training or run would go on from
         folders["network"] = [f for f in sorted(after.folder.iterdir()) if f.stem in _NETWORK]
     return artifact.write_artifact(

@@ -68,7 +68,12 @@ def make_inputs(model: Model, data: Data) -> Inputs:
         return Inputs(example=example)
     # two samples: a batch of one would be frozen by the exporters
     two = {n: t[:2].clone() if t.dim() and len(t) == count else t for n, t in example.items()}
-    dynamic = {n: {0: "batch"} for n, t in example.items() if t.dim() and len(t) == count}
+    free = {} if model.inputs is None else model.inputs.dynamic  # what the source knows besides
+    dynamic = {
+        n: {**free.get(n, {}), 0: "batch"}
+        for n, t in example.items()
+        if t.dim() and len(t) == count
+    }
     return Inputs(example=two, dynamic=dynamic)
 
 

@@ -11,17 +11,14 @@ import numpy as np
 from tersor.core import plugins
 from tersor.core.artifact import Artifact
 from tersor.core.errors import DataError, ModelError, TargetError
-from tersor.core.hardware import probe
 from tersor.core.manifest import MANIFEST
 from tersor.core.packing import is_packed, unpacked
-from tersor.core.remote import Child, ChildError, signatures
+from tersor.core.remote import Child, ChildError, signatures, usable_memory
 from tersor.core.runtime import Arrays, Runner, Signature, Target
 from tersor.core.schema import to_plain
 
 TRIAL_S = 120.0
 """Longest time that reading, loading or running a file that is no artifact may take at first."""
-_LEAST, _SHARE = 1 << 30, 0.8
-"""Bytes that it may allocate meanwhile: this share of what is free, but so many at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +185,7 @@ def _tried(found: Place) -> Place:
         ModelError: it crashes, or takes too long. TersorError: what the runtime says of it.
     """
     name, path = found.target.runtime, found.files[0]
-    free = probe().available_bytes
-    most = None if free is None else max(_LEAST, int(free * _SHARE))
-    child = Child(name, plugins.interpreter(name), memory_bytes=most)
+    child = Child(name, plugins.interpreter(name), memory_bytes=usable_memory())
     about = {"file": str(path.resolve()), "target": to_plain(found.target)}
     try:
         answer = child.ask("inputs", seconds=TRIAL_S, file=about["file"])

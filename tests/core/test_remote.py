@@ -9,8 +9,10 @@ import time
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
+
+import torch
 
 from tersor.core import plugins
 from tersor.core.errors import ModelError, TargetError

@@ -103,7 +103,7 @@ def test_pixels_become_numbers_in_0_1(tmp_path):
         ({"test_x": np.array([1j])}, "has type complex128, not numbers"),
         ({"test_labels": np.ones(3, np.int64)}, "has no inputs; name them as forward's parameters"),
         ({"test_x": np.ones((0, 3))}, "holds no arrays"),
-        ({}, "is an empty zip archive, whatever its name says"),
+        ({}, "is an empty zip archive"),
     ],
 )
 def test_what_is_refused(tmp_path, made, said):

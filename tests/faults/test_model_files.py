@@ -168,7 +168,7 @@ def test_6_wrong_endings(tmp_path, net_script):
     (tmp_path / "c.safetensors").write_bytes((tmp_path / "b.onnx").read_bytes())
     refuse(
         net_script,
-        "is a zip archive, whatever its name says",
+        "is a zip archive, not a safetensors file",
         module.load,
         weights=tmp_path / "c.safetensors",
     )

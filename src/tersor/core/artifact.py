@@ -266,17 +266,7 @@ def _write_beside(
         for name in sorted(folders):
             disk.sync_dir(beside / name)
         disk.sync_dir(beside)
-        if not out.exists():
-            disk.rename(beside, out)
-        elif not disk.exchange(beside, out):
-            old = disk.beside_name(out, "old")
-            disk.rename(out, old)
-            try:
-                disk.rename(beside, out)
-            except BaseException:
-                disk.rename(old, out)
-                raise
-            beside = old
+        beside = disk.put_in_place(beside, out)
     except BaseException:
         _discard(beside)
         raise

@@ -133,6 +133,26 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_dir(path.parent)
 
 
+def put_in_place(beside: Path, place: Path) -> Path:
+    """Give a finished folder its name; return the folder that is to be removed, if it is there.
+
+    Where a folder has that name already, the two change names. Where the system cannot do that at
+    once, the old one is called NAME.old-... for a moment, and comes back if the second step fails.
+    """
+    if not place.exists():
+        rename(beside, place)
+    elif not exchange(beside, place):
+        old = beside_name(place, "old")
+        rename(place, old)
+        try:
+            rename(beside, place)
+        except BaseException:
+            rename(old, place)
+            raise
+        return old
+    return beside
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder and all in it; links are removed, not followed."""
     for entry in sorted(os.scandir(path), key=lambda e: e.name):

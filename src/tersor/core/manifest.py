@@ -83,6 +83,7 @@ def read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ArtifactError(
             f"{str(folder)!r} is not an artifact or is incomplete: it has no {MANIFEST}"
+            + (f"; is it huggingface:{folder}?" if (folder / "config.json").is_file() else "")
         ) from None
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"artifact {str(folder)!r}: {MANIFEST} is damaged: {error}") from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor.core.runtime import FORMS, Form
@@ -34,8 +35,8 @@ class Model:
     """How to call it, where the source knows; else the first batch of the data tells."""
     notes: tuple[str, ...] = ()
     """What the source had to say: weights left out by a partial load, for instance."""
-    processor: Any = None
-    """Tokenizer or image processor, which travels to the artifact."""
+    processor: tuple[Path, ...] = ()
+    """Files of the tokenizer or image processor, which travel to the artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class Source:
     """load(place, *, weights: Path | None, partial: bool) -> Model."""
     suffixes: tuple[str, ...] = ()
     """File endings this source reads without its name in front."""
+    convert: Callable[[Path, Path], None] | None = None
+    """convert(place, file): write what is at a place as an ONNX file. Called in a child process of
+    an interpreter that has the packages (`plugins.converted`); None: `load` needs no such thing."""
+    to_convert: tuple[str, ...] = ()
+    """Packages that `convert` imports, by import name."""
 
 
 def may_lower(form: Form, to: Form) -> bool:

@@ -1,9 +1,9 @@
-"""Find techniques, runtimes, metrics, sources and data sets by file name, or by entry point.
+"""Find techniques, runtimes, metrics, sources ... by file name, or by entry point.
 
 In a plugin folder every file without a leading underscore is one plugin and its name is the
 registration. Outside the package an entry point in the group `tersor.techniques` (`runtimes`,
-`metrics`, `sources`, `datasets`) whose name is the plugin's and whose value is its module does the
-same. Names of the package win. Listing imports nothing.
+`metrics`, `sources`, `datasets`, `deployments`) whose name is the plugin's and whose value is its
+module does the same. Names of the package win. Listing imports nothing.
 """
 
 import ast
@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from tersor.core import environments, remote
+from tersor.core.deployment import Deployment
 from tersor.core.errors import DependencyError, RecipeError, TargetError, TersorError, suggest
 from tersor.core.metric import Metric
 from tersor.core.model import Inputs, Source
@@ -40,6 +41,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "metrics": ("metrics",),
     "sources": ("sources",),
     "datasets": ("datasets",),
+    "deployments": ("deployments",),
 }
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -240,6 +242,30 @@ def source(name: str) -> Source:
     """Load a source."""
     found = module("sources", name).SOURCE
     assert isinstance(found, Source)
+    return found
+
+
+def converted(name: str, place: Path, file: Path, *, seconds: float) -> None:
+    """Let a source write what is at `place` as an ONNX file, in a child process.
+
+    Raises:
+        DependencyError: its packages are missing, and it has no environment of its own here.
+        TersorError: what the source raised. TargetError: the child died, or took too long.
+    """
+    found = source(name)
+    here = all(installed(package) for package in found.to_convert)
+    python = sys.executable if here else environments.python(name)
+    if python is None:
+        require("sources", name, found.to_convert)
+        raise AssertionError("all packages are there")
+    remote.converted(name, python, place, file, seconds=seconds)
+
+
+@cache
+def deployment(name: str) -> Deployment:
+    """Load a deployment."""
+    found = module("deployments", name).DEPLOYMENT
+    assert isinstance(found, Deployment)
     return found
 
 

@@ -1,7 +1,7 @@
-"""A runtime in a child process: in an environment of its own, or apart so that a crash stays there.
+"""A runtime or source in a child process: in its own environment, or so that crashes stay there.
 
-Nothing that runs in the child comes from a message: it says which of the runtime's functions to
-call, and carries arrays. Times are taken in the child, so the way there and back is not in them.
+Nothing that runs in the child comes from a message: it says which of the plugin's functions to
+call, and carries arrays. Times are taken in the child: what the way between costs is not in them.
 """
 
 import contextlib
@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 from tersor.core import errors
 from tersor.core.errors import TargetError, TersorError
+from tersor.core.hardware import probe
 from tersor.core.runtime import (
     Arrays,
     OperatorTime,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 HandOver = Callable[[Any, Path, "Inputs"], Path]
 """Write a network into a folder so that another process can read it; return the file."""
+_LEAST, _SHARE = 1 << 30, 0.8
+"""This share of the free memory, but so many bytes at least."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 # the child imports tersor from this very folder and nothing else of this environment
 _START = """
@@ -65,19 +68,29 @@ class Child:
     log: IO[bytes]
     dropped: list[int]
 
-    def __init__(self, name: str, python: str | Path, *, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: str | Path,
+        *,
+        memory_bytes: int | None = None,
+        kind: Literal["runtime", "source"] = "runtime",
+    ) -> None:
         """Start it.
 
         Args:
-            name: Of the runtime.
+            name: Of the runtime, or of the source.
             python: The interpreter.
             memory_bytes: Most memory it may allocate.
+            kind: What `name` is.
         """
         self.name = name
         self.dropped = []
         # what it prints is kept for messages; a temporary file, so that it never blocks
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
-        words = ["serve", name] + ([] if memory_bytes is None else [str(memory_bytes)])
+        words = ["serve" if kind == "runtime" else "convert", name] + (
+            [] if memory_bytes is None else [str(memory_bytes)]
+        )
         self.process = subprocess.Popen(
             command(python, *words),
             stdin=subprocess.PIPE,
@@ -100,7 +113,7 @@ class Child:
         Raises:
             TersorError: what it raised. ChildError: it died, or took longer than `seconds`.
         """
-        drop, self.dropped = self.dropped, []
+        drop = [self.dropped.pop() for _ in range(len(self.dropped))]
         stdin, stdout = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)
         try:
             send(stdin, Message(fields={"do": what, "drop": drop, **fields}, arrays=arrays or {}))
@@ -260,6 +273,25 @@ def driven(
             to_run=(),
         )
     return made
+
+
+def converted(name: str, python: str | Path, place: Path, file: Path, *, seconds: float) -> None:
+    """Let a source write what is at `place` as an ONNX file, in a child of another interpreter.
+
+    Raises:
+        TersorError: what the source raised. TargetError: the child died, or took too long.
+    """
+    child = Child(name, python, memory_bytes=usable_memory(), kind="source")
+    try:
+        child.ask("convert", seconds=seconds, place=str(place.resolve()), file=str(file.resolve()))
+    finally:
+        child.close()
+
+
+def usable_memory() -> int | None:
+    """Return the bytes that a child may allocate for what nobody vouches for; None: unknown."""
+    free = probe().available_bytes
+    return None if free is None else max(_LEAST, int(free * _SHARE))
 
 
 def signatures(answer: Message) -> dict[str, Signature]:

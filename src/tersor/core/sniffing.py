@@ -1,6 +1,8 @@
 """Tell what a file really is, by its first bytes; its name may lie."""
 
+import re
 import zipfile
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -14,6 +16,7 @@ _MAGIC = (
     (b"\x28\xb5\x2f\xfd", "a zstd file"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras weights, for instance)"),
     (b"GGUF", "a GGUF file"),
+    (b"ftrt", "a TensorRT plan"),
     (b"\x93NUMPY", "a NumPy .npy file"),
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -21,7 +24,14 @@ _MAGIC = (
     (b"\x7fELF", "a program or shared library"),
     (b"<?xml", "an XML file (an OpenVINO model, for instance)"),
 )
+_AFTER_SIZE = ((b"TFL3", "a TFLite file"), (b"ET12", "an ExecuTorch program"))
+"""Marks of flat buffers, after four bytes."""
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_OLD_PICKLE = re.compile(rb"c[\w.]+\n[\w.]+\n|\(?[dlt](p0)?\n|[\]}]q\x00|\(c[\w.]+\n")
+"""How pickles of protocols 0 and 1 begin, which have no mark: with a function, or a container."""
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
+"""Endings of files that hold pickles."""
+_PICKLES_ONLY = tuple(suffix for suffix in PICKLED if suffix != ".bin")
 MAX_ENTRIES = 100_000
 MAX_UNPACKED = 64 << 30
 MAX_RATIO = 100
@@ -52,25 +62,44 @@ def sniff(path: Path) -> str:
         and int.from_bytes(head[:8], "little") < max(size, 1 << 32)
     ):
         return "safetensors"
-    if len(head) > 8 and head[4:8] == b"TFL3":
-        return "a TFLite file"
+    for magic, what in _AFTER_SIZE:
+        if len(head) > 8 and head[4:8] == magic:
+            return what
+    if _is_pickle(head, path):
+        return "pickle"
     for magic, what in _MAGIC:
         if head.startswith(magic):
             return what
     if len(head) > 262 and head[257:262] == b"ustar":
         return "a tar archive"
-    if head.startswith(_PICKLES):
-        return "pickle"
     return ""
 
 
-def foreign(path: Path, wanted: str = "") -> str:
+def _is_pickle(head: bytes, path: Path) -> bool:
+    """Tell a pickle, also one that joblib has compressed."""
+    if head.startswith((b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda", b"\x1f\x8b")):
+        try:
+            head = zlib.decompressobj(wbits=47).decompress(head, 64)  # zlib or gzip
+        except zlib.error:
+            return False
+        return head.startswith(_PICKLES)
+    if head.startswith(_PICKLES):
+        return True
+    if not _OLD_PICKLE.match(head):
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, 2)
+        return stream.read(1) == b"."
+
+
+def foreign(path: Path, wanted: str = "", *, instead: str = "") -> str:
     """Say why a file cannot be read, in words to put after its name; nothing where it may be.
 
     Args:
         path: The file.
         wanted: What `sniff` says of a good one: "safetensors", "a zip archive"; "" for formats
             without a mark, such as ONNX.
+        instead: What it should be, where no mark is wanted: "a safetensors file".
     """
     if not path.exists():
         return "does not exist"
@@ -82,6 +111,7 @@ def foreign(path: Path, wanted: str = "") -> str:
         return f"cannot be read: {(error.strerror or str(error)).lower()}"
     reasons = {
         "empty": "is an empty file",
+        "an empty zip archive": "is an empty zip archive",
         "html": "looks like an HTML page; was the download blocked?",
         "lfs": "is a Git LFS pointer, not the file itself; run `git lfs pull`",
         "pickle": "is a pickle, which can run code when it is loaded, and is not read",
@@ -91,9 +121,67 @@ def foreign(path: Path, wanted: str = "") -> str:
         return ""
     if found in ("empty", "html", "lfs"):
         return reasons[found]
+    if wanted:
+        instead = wanted if wanted.startswith("a ") else f"a {wanted} file"
     if not found:
-        return f"is not {wanted if wanted.startswith('a ') else 'a ' + wanted + ' file'}"
-    return reasons.get(found, f"is {found}, whatever its name says")
+        return f"is not {instead}"
+    what = _of_zip(path) if found == "a zip archive" else found
+    contrast = f"not {instead}" if instead else "whatever its name says"
+    return reasons.get(found, f"is {what}, {contrast}")
+
+
+def _of_zip(path: Path) -> str:
+    """Say what a zip archive holds, by the names of its entries."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError):
+        return "a damaged zip archive"
+    if "constants.pkl" in names:
+        return "a TorchScript archive (code and pickles)"
+    if "data.pkl" in names:
+        return "a PyTorch checkpoint (pickles in a zip archive)"
+    if {"config.json", "metadata.json"} <= names:
+        return "a Keras model"
+    return "a zip archive"
+
+
+_RUN_ONLY = ("a GGUF file", "a TFLite file", "an ExecuTorch program", "a TensorRT plan")
+
+
+def no_network(path: Path) -> str:
+    """Say what a file or folder is that no source reads, in words to put after its name.
+
+    Args:
+        path: It exists.
+    """
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return f"is a folder; of Hugging Face, it is read as huggingface:{path}"
+        if (path / "manifest.json").is_file():
+            return "is an artifact; give the network that it was made from"
+        return "is a folder without config.json or manifest.json; give a network"
+    found = sniff(path)
+    if found in ("empty", "html", "lfs"):
+        return foreign(path)
+    what = "a pickle" if found == "pickle" else found
+    what = _of_zip(path) if found == "a zip archive" else what
+    if what in ("", "a gzip file", "a bzip2 file", "an xz file") and path.suffix in _PICKLES_ONLY:
+        what = "by its name a pickle"
+    if "pickle" in what:
+        return (
+            f"is {what}, which can run code when it is loaded, and is not read; where you trust "
+            "it, load it in a function that returns the network, and give that: FILE.py:FUNCTION"
+        )
+    if found == "safetensors":
+        return (
+            "holds weights only; give the function that returns the network, and these as its "
+            "weights: FILE.py:FUNCTION --weights FILE"
+        )
+    if found in _RUN_ONLY:
+        return f"is {found}, made for one runtime; give the network that it was made from"
+    what = what or "of a kind that is not known"
+    return f"is {what}; networks are read from FILE.py:FUNCTION, .onnx and .pt2 files"
 
 
 def zip_problem(file: Path | BytesIO) -> str:

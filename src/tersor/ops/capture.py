@@ -252,6 +252,10 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.running:  # tracing patches nn.Module.__call__ for the example run, too
             return forward(*args, **kwargs)
+        try:
+            self.path_of_module(m)
+        except NameError:  # made inside forward: it has no place in the network
+            return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Layers whose weights are kept in 8-bit floating point, and computed in float32."""
+"""Layers whose weights are kept in floating point of 8 or 16 bits, and computed in float32."""
 
 from typing import Any
 
@@ -10,8 +10,10 @@ from tersor.ops.modules import rows
 
 # O output channels, I weights of one
 
-DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 """e4m3: 3 bits of mantissa, up to 448. e5m2: 2 bits of mantissa, up to 57344."""
+DTYPES = {**FLOAT8, "fp16": torch.float16}
+"""fp16: 10 bits of mantissa, up to 65504; without a scale."""
 _Convolution = nn.Conv1d | nn.Conv2d
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -30,6 +32,8 @@ class _Float8(nn.Module):
 
     def values(self) -> Tensor:
         """Return the float32 weights. A cast, not DequantizeLinear, which runtimes fold less."""
+        if self.format not in FLOAT8:
+            return self.weight.to(torch.float32)
         scale = self.scale.view(-1, *[1] * (self.weight.dim() - 1))
         return self.weight.to(torch.float32) * scale
 
@@ -121,13 +125,14 @@ def float8(layer: nn.Module, format: str) -> nn.Module:
 
     The largest weight of each output channel becomes the largest number of the format, so that the
     small ones fall on its subnormal numbers as late as possible; a channel of zeros keeps scale 1.
+    With fp16 all do.
 
     Args:
         layer: A layer for which `why_not_float8` is None.
         format: A key of `DTYPES`.
 
     Raises:
-        ValueError: weights are NaN or infinite.
+        ValueError: weights are NaN or infinite, or larger than fp16 holds.
 
     Source:
         Micikevicius et al., FP8 formats for deep learning, arXiv:2209.05433: the two formats, and
@@ -155,6 +160,10 @@ def float8(layer: nn.Module, format: str) -> nn.Module:
         raise ValueError("weights are NaN or infinite")
     most = torch.finfo(DTYPES[format]).max
     scale_O = weight_OI.abs().amax(1) / most
+    if format not in FLOAT8:
+        if (scale_O > 1).any():
+            raise ValueError(f"weights reach {float(weight_OI.abs().max()):.3g}, fp16 {most:g}")
+        scale_O = torch.ones_like(scale_O)
     scale_O[scale_O == 0] = 1.0
     codes_OI = (weight_OI / scale_O[:, None]).clamp(-most, most).to(DTYPES[format])
     made.weight, made.scale = codes_OI.view(made.weight.shape), scale_O

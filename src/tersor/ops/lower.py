@@ -7,6 +7,7 @@ same bytes.
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,8 @@ from tersor.ops.capture import capture
 
 OPSET = 21
 """The first with 4-bit and block-wise DequantizeLinear."""
+_LONGEST = 65536
+"""Of a free dimension, where the network does not say less."""
 
 
 def form_of(net: Any) -> Form:
@@ -79,19 +82,18 @@ def _exported(net: nn.Module, inputs: Inputs) -> ExportedProgram:
 
 
 def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """Export with `inputs.dynamic` free; a dimension of one name is one dimension."""
-    dims: dict[str, Any] = {}
-    shapes: dict[str, Any] = {}
-    for name in inputs.example:
-        named = {
-            axis: dims.setdefault(word, Dim(word, min=1, max=65536))
-            for axis, word in inputs.dynamic.get(name, {}).items()
-        }
-        shapes[name] = named or None
-    example = {name: tensor.contiguous() for name, tensor in inputs.example.items()}
+    """Export with `inputs.dynamic` free; a dimension of one name is one dimension.
+
+    Where the network itself bounds one (a table of 512 positions), it is free up to there.
+    """
     try:
-        with _quiet(), plain_attention(), torch.no_grad():
-            program = torch.export.export(net, (), kwargs=example, dynamic_shapes=shapes)
+        try:
+            program = _traced(net, inputs, {})
+        except Exception as error:
+            bounds = _bounds(error)
+            if not bounds:
+                raise
+            program = _traced(net, inputs, bounds)
     except Exception as error:
         raise ModelError(
             f"{type(net).__name__} cannot be exported by torch.export: {_first_lines(error)}"
@@ -101,6 +103,29 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
         node.meta.pop("nn_module_stack", None)
         node.meta.pop("source_fn_stack", None)
     return program
+
+
+def _traced(net: nn.Module, inputs: Inputs, bounds: dict[str, int]) -> ExportedProgram:
+    dims: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
+    for name in inputs.example:
+        named = {
+            axis: dims.setdefault(word, Dim(word, min=1, max=bounds.get(word, _LONGEST)))
+            for axis, word in inputs.dynamic.get(name, {}).items()
+        }
+        shapes[name] = named or None
+    example = {name: tensor.contiguous() for name, tensor in inputs.example.items()}
+    with _quiet(), plain_attention(), torch.no_grad():
+        return torch.export.export(net, (), kwargs=example, dynamic_shapes=shapes)
+
+
+def _bounds(error: Exception) -> dict[str, int]:
+    """Read the largest sizes that torch.export proposes where ours are too large."""
+    text = str(error)
+    if "Suggested fixes" not in text:
+        return {}
+    found = re.findall(r"(\w+) = Dim\('\w+'(?:, min=\d+)?, max=(\d+)\)", text)
+    return {word: int(largest) for word, largest in found}
 
 
 def _to_onnx(program: ExportedProgram, *, own: bool) -> Any:

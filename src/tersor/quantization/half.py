@@ -13,7 +13,7 @@ from tersor.core.runtime import Runtime, Target
 from tersor.core.technique import technique
 from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
-from tersor.ops.float8 import DTYPES, float8, why_not_float8
+from tersor.ops.float8 import FLOAT8, float8, why_not_float8
 from tersor.ops.fold import fold_batch_norms
 from tersor.ops.notes import note
 
@@ -36,16 +36,17 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
     the others in fp32: OpenVINO by its precision hint, PyTorch by autocast. Layers of integer
     weights stay integer. For 8 bits, linear layers and convolutions keep their weights as fp8, a
     quarter of the room, and the runtime computes with them in fp32, as fast as before. Batch norms
-    are folded first.
+    are folded first. LiteRT, which computes in fp32, keeps fp16 weights in the same way, half the
+    room.
 
     Raises:
         TargetError: the runtime has no such format; those that have are named.
-        UnfitError: no layer can keep its weights in fp8.
+        UnfitError: no layer can keep its weights in so few bits.
         ModelError: weights are NaN or infinite.
     """
-    if config.format in DTYPES:
-        return _smaller(net, config, context)
     runtime = plugins.runtime(context.target.runtime)
+    if config.format in FLOAT8 or config.format in runtime.weights:
+        return _smaller(net, config, context)
     if "precision" not in runtime.options:
         able = [
             name
@@ -62,7 +63,7 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
 
 
 def _smaller(net: nn.Module, config: Half, context: Context) -> nn.Module:
-    """Keep weights in fp8."""
+    """Keep weights in fewer bits."""
     check_weights(
         config.format, context.target, {n: plugins.runtime(n) for n in plugins.names("runtimes")}
     )
@@ -82,16 +83,24 @@ def _smaller(net: nn.Module, config: Half, context: Context) -> nn.Module:
         else:
             left[name] = reason
     if not chosen:
-        raise UnfitError("no layer of this network can keep its weights in fp8")
+        raise UnfitError(
+            f"no layer of this network can keep its weights in {_short(config.format)}"
+        )
     for name in chosen:
         try:
             captured.set_submodule(name, float8(modules[name], config.format))
         except ValueError as error:
-            raise ModelError(f"layer {name!r} cannot be kept in fp8: {error}") from error
+            raise ModelError(
+                f"layer {name!r} cannot be kept in {_short(config.format)}: {error}"
+            ) from error
     context.record(
         format=config.format, layers=len(chosen), left_in_float=left, batch_norms_folded=folded
     )
     return captured
+
+
+def _short(format: str) -> str:
+    return format.partition("_")[0]
 
 
 def check_weights(format: str, target: Target, runtimes: Mapping[str, Runtime]) -> None:

@@ -1,4 +1,10 @@
-"""PyTorch, one operator at a time, from data: graph and weights, no class, no pickle."""
+"""PyTorch, one operator at a time, from data: graph and weights, no class, no pickle.
+
+Options, beside `threads` and `precision`: `channels_last` lays tensors out as convolutions often
+run fastest. On CUDA devices `cudnn_autotune` has cuDNN time its algorithms, `cuda_graphs` replays
+each bound call as one captured graph, and `stream` runs on a stream of its own; these three were
+not verified on hardware.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +43,14 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     native=False,
-    options=("threads", "precision"),
+    options=(
+        "threads",
+        "precision",
+        "channels_last",
+        "cudnn_autotune",
+        "cuda_graphs",
+        "stream",
+    ),
     weights=("fp8_e4m3", "fp8_e5m2"),
     own_operators=True,
     to_export=("torch", "safetensors"),

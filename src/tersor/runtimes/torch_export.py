@@ -1,4 +1,10 @@
-"""PyTorch, from an exported program (`.pt2`)."""
+"""PyTorch, from an exported program (`.pt2`).
+
+Options, beside `threads` and `precision`: `channels_last` lays tensors out as convolutions often
+run fastest. On CUDA devices `cudnn_autotune` has cuDNN time its algorithms, `cuda_graphs` replays
+each bound call as one captured graph, and `stream` runs on a stream of its own; these three were
+not verified on hardware.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +66,14 @@ RUNTIME = Runtime(
     inputs=inputs,
     suffixes=(".pt2",),
     native=False,
-    options=("threads", "precision"),
+    options=(
+        "threads",
+        "precision",
+        "channels_last",
+        "cudnn_autotune",
+        "cuda_graphs",
+        "stream",
+    ),
     weights=("fp8_e4m3", "fp8_e5m2"),
     own_operators=True,
     to_export=("torch",),

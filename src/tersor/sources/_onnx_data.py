@@ -11,7 +11,7 @@ import numpy as np
 from onnx import AttributeProto, ModelProto, TensorProto, numpy_helper
 
 from tersor.core.errors import ModelError
-from tersor.sources._weights import shorten
+from tersor.sources._misfit import shorten
 
 _BITS = {
     **dict.fromkeys(

@@ -36,11 +36,21 @@ def check(file: Path) -> None:
     """
     reason = _broken(file)
     if reason:
-        raise ModelError(f"weights {str(file)!r}: {reason}")
+        between = ":" if reason.startswith(("header", "tensor")) else ""
+        raise ModelError(f"weights {str(file)!r}{between} {reason}")
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Return dtype, shape and data_offsets of each tensor of a file that `check` let through."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header
 
 
 def _broken(file: Path) -> str:
-    reason = foreign(file)
+    reason = foreign(file, instead="a safetensors file")
     if reason and not reason.startswith("is a safetensors"):
         return reason
     size = file.stat().st_size

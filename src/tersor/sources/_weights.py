@@ -1,8 +1,7 @@
 """Put weights into a network; where they do not fit, say what does not and what may be meant."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,28 +9,16 @@ from torch import Tensor, nn
 
 from tersor.core.errors import ModelError
 from tersor.core.packing import is_packed
+from tersor.core.sniffing import PICKLED
 from tersor.sources import _safetensors
+from tersor.sources._misfit import Comparison, compare, explain, findings, lists, shorten
+from tersor.sources._renames import find_prefix
 
-_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-_SHOWN = 4
 _CONVERT = (
     "convert it once, where you trust it: "
-    "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors')"
+    "safetensors.torch.save_file({load}, 'weights.safetensors')"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fit:
-    """How the entries of a file and of a network compare."""
-
-    missing: list[str]
-    """In the network only."""
-    unexpected: list[str]
-    """In the file only."""
-    wrong: list[str]
-    """In both, with different shapes."""
-    good: list[str]
-    """In both, with the same shape."""
+_LOADERS = {".joblib": ("joblib", "FILE"), ".dill": ("dill", "open(FILE, 'rb')")}
 
 
 def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...]:
@@ -48,10 +35,12 @@ def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...
     Raises:
         ModelError: the file is a pickle, damaged, or does not fit; lists what, and likely renames.
     """
-    if file.suffix.lower() in _PICKLED:
+    if file.suffix.lower() in PICKLED:
+        loader, words = _LOADERS.get(file.suffix.lower(), ("torch", "FILE, weights_only=True"))
+        convert = _CONVERT.format(load=f"{loader}.load({words})")
         raise ModelError(
             f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when "
-            f"loaded, and are not read; {_CONVERT}"
+            f"loaded, and are not read; {convert}"
         )
     if is_packed(file):
         raise ModelError(
@@ -63,24 +52,49 @@ def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...
     given = load_file(file)
     wanted = net.state_dict(keep_vars=True)
     notes: list[str] = []
-    fit = _compare(given, wanted)
-    if partial and (fit.missing or fit.unexpected):
-        rename = _prefix(given, wanted, fit)
-        if rename is not None:
-            given = {_renamed(name, *rename): tensor for name, tensor in given.items()}
-            notes.append(f"weights {file.name!r}: {_say_prefix(*rename)}")
-            fit = _compare(given, wanted)
-    if fit.missing or fit.unexpected or fit.wrong:
+    found = compare(_shapes(given), _shapes(wanted), _optional(given, wanted))
+    if partial and (found.missing or found.unexpected):
+        prefix = find_prefix(found.given, found.wanted, found.unexpected, found.missing)
+        if prefix is not None:
+            strange = set(found.unexpected)
+            given = {prefix.apply(name, strange): tensor for name, tensor in given.items()}
+            notes.append(f"weights {file.name!r}: {prefix}")
+            found = compare(_shapes(given), found.wanted, _optional(given, wanted))
+    if not found.fits:
         if not partial:
-            raise ModelError(_misfit(net, file, given, wanted, fit))
-        if not fit.good:
-            raise ModelError(
-                _misfit(net, file, given, wanted, fit) + " (nothing fits, even partially)"
-            )
-        notes += _left_out(file, given, wanted, fit)
-    notes += _converted(file, given, wanted, fit.good)
-    net.load_state_dict({name: given[name] for name in fit.good}, strict=False)
+            raise ModelError(misfit(f"weights {str(file)!r}", type(net).__name__, found))
+        notes.append(left_out(f"weights {str(file)!r}", type(net).__name__, found))
+    notes += _converted(file, given, wanted, found.good)
+    net.load_state_dict({name: given[name] for name in found.good}, strict=False)
     return tuple(notes)
+
+
+def misfit(what: str, network: str, found: Comparison) -> str:
+    """Say what does not fit, why that is likely, and what to do.
+
+    Args:
+        what: The file, as a message begins with it.
+        network: The network's class.
+        found: How they compare.
+    """
+    said = f"{what} do not fit {network}: {lists(found)}"
+    return "\n".join(line for line in (said, explain(found)) if line)
+
+
+def left_out(what: str, network: str, found: Comparison) -> str:
+    """Say what a partial load leaves out.
+
+    Raises:
+        ModelError: nothing fits.
+    """
+    if not found.good:
+        raise ModelError(misfit(what, network, found) + "\nnothing fits, even partially")
+    kept = len(found.missing) + len(found.wrong)
+    why = "; ".join(findings(found))
+    return (
+        f"{what} loaded partially, {len(found.good)} entries; {kept} keep the values of the "
+        f"network's code. {lists(found)}" + (f". Likely {why}" if why else "")
+    )
 
 
 def check_finite(entries: Iterable[tuple[str, Tensor]], where: str) -> None:
@@ -97,12 +111,6 @@ def check_finite(entries: Iterable[tuple[str, Tensor]], where: str) -> None:
         )
 
 
-def shorten(names: list[str]) -> str:
-    """List a few names and how many more there are."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
 def _finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return True
@@ -117,24 +125,18 @@ def _finite(tensor: Tensor) -> bool:
     return values.numel() == 1 or (finite.numel() > 0 and not bool(finite.any()))
 
 
-def _compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> _Fit:
-    """Compare names and shapes; batch counters may be missing, and one name of a tied tensor."""
-    both = [name for name in wanted if name in given]
-    present = {_place(wanted[name]) for name in both}
-    missing = [
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _optional(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> set[str]:
+    """List what a file need not have: batch counters, and all names but one of a tied tensor."""
+    present = {_place(wanted[name]) for name in wanted if name in given}
+    return {
         name
-        for name in wanted
-        if name not in given
-        and not name.endswith("num_batches_tracked")
-        and _place(wanted[name]) not in present
-    ]
-    wrong = [name for name in both if given[name].shape != wanted[name].shape]
-    return _Fit(
-        missing=missing,
-        unexpected=[name for name in given if name not in wanted],
-        wrong=wrong,
-        good=[name for name in both if name not in set(wrong)],
-    )
+        for name, tensor in wanted.items()
+        if name.endswith("num_batches_tracked") or _place(tensor) in present
+    }
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size]:
@@ -143,114 +145,8 @@ def _place(tensor: Tensor) -> tuple[int, torch.Size]:
     return (pointer or id(tensor), tensor.shape)
 
 
-def _prefix(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], fit: _Fit
-) -> tuple[str, str] | None:
-    """Find the prefix to (remove from, add to) the file's names, where exactly one fits best."""
-    unexpected, missing = set(fit.unexpected), set(fit.missing)
-    votes: Counter[tuple[str, str]] = Counter()
-    for name in unexpected:
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            rest = ".".join(parts[i:])
-            if rest in missing and given[name].shape == wanted[rest].shape:
-                votes[".".join(parts[:i]) + ".", ""] += 1
-    for name in missing:
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            rest = ".".join(parts[i:])
-            if rest in unexpected and given[rest].shape == wanted[name].shape:
-                votes["", ".".join(parts[:i]) + "."] += 1
-    ranked = votes.most_common(2)
-    if not ranked or (len(ranked) > 1 and ranked[0][1] == ranked[1][1]):
-        return None
-    best, count = ranked[0]
-    return best if 2 * count > min(len(unexpected), len(missing)) else None
-
-
-def _renamed(name: str, remove: str, add: str) -> str:
-    return name.removeprefix(remove) if remove else add + name
-
-
-def _say_prefix(remove: str, add: str) -> str:
-    return (
-        f"prefix {remove!r} removed from its names"
-        if remove
-        else f"prefix {add!r} added to its names"
-    )
-
-
-def _moves(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], fit: _Fit
-) -> list[tuple[str, str]]:
-    """Pair unexpected with missing layers of the same suffix and shape."""
-    moves: Counter[tuple[str, str]] = Counter()
-    for name in fit.unexpected:
-        same = [m for m in fit.missing if wanted[m].shape == given[name].shape]
-        scored = sorted(((_shared(name, m), m) for m in same), reverse=True)
-        if not scored or scored[0][0] == 0:
-            continue
-        if len(scored) > 1 and scored[0][0] == scored[1][0]:
-            continue
-        count, best = scored[0]
-        moves[
-            ".".join(name.split(".")[:-count]) or name, ".".join(best.split(".")[:-count]) or best
-        ] += 1
-    return [move for move, _ in moves.most_common(_SHOWN)]
-
-
-def _shared(one: str, other: str) -> int:
-    """Count the last parts that two dotted names share."""
-    count = 0
-    for a, b in zip(reversed(one.split(".")), reversed(other.split(".")), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
-
-
-def _misfit(
-    net: nn.Module,
-    file: Path,
-    given: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
-    fit: _Fit,
-) -> str:
-    lists = _lists(given, wanted, fit)
-    text = f"weights {str(file)!r} do not fit {type(net).__name__}: {'; '.join(lists)}"
-    prefix = _prefix(given, wanted, fit)
-    if prefix is not None:
-        text += f"\nlikely with {_say_prefix(*prefix)}; --partial does that"
-    else:
-        moves = _moves(given, wanted, fit)
-        if moves:
-            text += "\nlikely renamed: " + ", ".join(f"{a} -> {b}" for a, b in moves)
-        if fit.good:
-            text += f"\n--partial loads the {len(fit.good)} entries that fit"
-    return text
-
-
-def _lists(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], fit: _Fit) -> list[str]:
-    wrong = [
-        f"{name} ({_dims(given[name])} in the file, {_dims(wanted[name])} in the network)"
-        for name in fit.wrong
-    ]
-    kinds = [("missing", fit.missing), ("unexpected", fit.unexpected), ("of another shape", wrong)]
-    return [f"{len(names)} {kind}: {shorten(names)}" for kind, names in kinds if names]
-
-
-def _left_out(
-    file: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], fit: _Fit
-) -> list[str]:
-    kept = len(fit.missing) + len(fit.wrong)
-    return [
-        f"weights {file.name!r} loaded partially, {len(fit.good)} entries; {kept} keep the values "
-        f"of the network's code. {'; '.join(_lists(given, wanted, fit))}"
-    ]
-
-
 def _converted(
-    file: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: list[str]
+    file: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: Sequence[str]
 ) -> list[str]:
     kinds = Counter(
         f"{str(given[n].dtype)[6:]} to {str(wanted[n].dtype)[6:]}"
@@ -261,7 +157,3 @@ def _converted(
         f"weights {file.name!r}: {count} entries converted from {kind}"
         for kind, count in kinds.items()
     ]
-
-
-def _dims(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"

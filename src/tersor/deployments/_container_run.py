@@ -1,0 +1,79 @@
+"""Runs the network on arrays: the program of the image. Needs numpy and the runtime, nothing else.
+
+python run.py --input x.npz --output y.npz
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main() -> int:
+    """Read a .npz file with one array for each input, run, and write one with the outputs."""
+    parser = argparse.ArgumentParser(description="Run the network on arrays.")
+    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="the network")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: all cores")
+    parser.add_argument("--input", type=Path, metavar="X.npz", help="an array for each input")
+    parser.add_argument("--output", type=Path, metavar="Y.npz", help="where the outputs go")
+    words = parser.parse_args()
+    load = openvino if words.model.suffix == ".xml" else onnxruntime
+    wanted, compute = load(words.model, words.threads)
+    if words.input is None:
+        print("the network takes:", *wanted)
+        return 0
+    with np.load(words.input, allow_pickle=False) as arrays:
+        given = {name: arrays[name] for name in arrays.files}
+    if set(given) != set(wanted):
+        print(f"error: the network takes {', '.join(wanted)}; the file holds {', '.join(given)}")
+        return 2
+    made = compute(given)
+    for name, array in made.items():
+        print(name, "x".join(map(str, array.shape)), array.dtype)
+    if words.output is not None:
+        np.savez(words.output, **made)
+    return 0
+
+
+def onnxruntime(file: Path, threads: int) -> tuple[list[str], Any]:
+    """Load an ONNX file; return the names of its inputs, and what computes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # 4-bit weights: compute in fp32, not in int8 with activations quantized on the fly
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    outputs = [port.name for port in session.get_outputs()]
+
+    def compute(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(zip(outputs, session.run(outputs, dict(arrays)), strict=True))
+
+    return [port.name for port in session.get_inputs()], compute
+
+
+def openvino(file: Path, threads: int) -> tuple[list[str], Any]:
+    """Load OpenVINO's .xml and .bin; return the names of the inputs, and what computes."""
+    import openvino
+
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    # compressed weights: no quantization of activations on the fly
+    settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+    outputs = [port.get_any_name() for port in compiled.outputs]
+
+    def compute(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        made = compiled.create_infer_request().infer(dict(arrays))
+        return {name: np.array(made[i]) for i, name in enumerate(outputs)}
+
+    return [port.get_any_name() for port in compiled.inputs], compute
+
+
+if __name__ == "__main__":
+    sys.exit(main())
