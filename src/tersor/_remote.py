@@ -130,7 +130,7 @@ class _Served:
         dynamic = {n: {int(a): w for a, w in d.items()} for n, d in fields["dynamic"].items()}
         inputs = Inputs(example=_tensors(asked.arrays), dynamic=dynamic)
         net = _network(fields["form"], Path(fields["file"]), inputs)
-        files = self.runtime.export(net, folder, inputs)
+        files = self.runtime.write(net, folder, inputs, _target(asked))
         return Message(fields={"files": [str(f.relative_to(folder)) for f in files]})
 
     def load(self, asked: Message) -> Message:

@@ -375,6 +375,7 @@ RUNTIME = Runtime(
     fused=fused,
     inputs=inputs,
     suffixes=(".onnx", ".ort"),
+    targeted=True,
     options=("threads", "optimization", "format", *_SWITCHES),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("onnx", "onnxscript"),
