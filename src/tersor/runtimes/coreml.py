@@ -146,6 +146,11 @@ def _zipped(package: Path) -> bytes:
     manifest["itemInfoEntries"] = {fixed[old]: entry for old, entry in names}
     manifest["rootModelIdentifier"] = fixed[manifest["rootModelIdentifier"]]
     (package / "Manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    from coremltools.proto import Model_pb2
+
+    program = package / "Data/com.apple.CoreML/model.mlmodel"
+    parsed = Model_pb2.Model.FromString(program.read_bytes())
+    program.write_bytes(parsed.SerializeToString(deterministic=True))
     (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as zipped:
