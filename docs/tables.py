@@ -806,8 +806,9 @@ def everywhere(network: str) -> str:
         return ""
     (made,) = found
     head = ["runtime", "size", "agrees", "accuracy", "p50", "p90", "speed", "memory"]
-    if not any("accuracy" in row["measurements"] for row in made["rows"]):
-        head.remove("accuracy")
+    for column, name in (("accuracy", "accuracy"), ("memory", "peak_memory")):
+        if not any(name in row["measurements"] for row in made["rows"]):
+            head.remove(column)
     rows, others = [], []
     for row in made["rows"]:
         if row["status"] != "ran":
