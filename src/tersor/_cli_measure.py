@@ -17,7 +17,6 @@ _GATES: Mapping[str, tuple[str, ...]] = {
     "faster": ("faster",),
     "not-slower": ("faster", "no difference"),
 }
-_RUN_FILES = (".onnx", ".xml", ".pt2")
 
 
 def measure(
@@ -40,13 +39,14 @@ def measure(
     from tersor.core import plugins
     from tersor.core.packing import is_packed
     from tersor.core.recipe import read_target
+    from tersor.subjects import suffixes
 
     names = tuple(dict.fromkeys(metrics)) or METRICS
     for name in names:
         plugins.metric(name)
     asked = read_target(target)
     path = Path(subject)
-    if path.is_dir() or path.suffix in _RUN_FILES or is_packed(path):
+    if path.is_dir() or path.suffix in suffixes() or is_packed(path):
         from tersor import benchmark
 
         # compress keeps the untouched original inside the artifact

@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +38,7 @@ def main(words: Sequence[str]) -> None:
 
         _savedmodel.main(Path(words[1]))
         return
+    _end_with_parent()
     if len(words) > 2:
         _limit(int(words[2]))
     # libraries print what they like; the pipe is for answers
@@ -53,6 +56,12 @@ def main(words: Sequence[str]) -> None:
             except Exception as error:
                 answer = Message(fields=_said(words[1], error))
             send(stdout, answer)
+
+
+def _end_with_parent() -> None:
+    """Be killed when the process that asks is gone, even in the middle of a run; Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _limit(most: int) -> None:
@@ -121,7 +130,7 @@ class _Served:
         dynamic = {n: {int(a): w for a, w in d.items()} for n, d in fields["dynamic"].items()}
         inputs = Inputs(example=_tensors(asked.arrays), dynamic=dynamic)
         net = _network(fields["form"], Path(fields["file"]), inputs)
-        files = self.runtime.export(net, folder, inputs)
+        files = self.runtime.write(net, folder, inputs, _target(asked))
         return Message(fields={"files": [str(f.relative_to(folder)) for f in files]})
 
     def load(self, asked: Message) -> Message:

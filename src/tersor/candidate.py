@@ -104,7 +104,7 @@ def export(
     inputs = inputs_for(runtime, inputs, batch)
     if lowered is None:
         lowered = lower(net, runtime.takes, inputs)
-    files = tuple(runtime.export(lowered, folder, inputs))
+    files = tuple(runtime.write(lowered, folder, inputs, target))
     if notes_of(net).get("packed"):
         files = (packing.pack(files, folder / f"model{packing.SUFFIX}"),)
     runner = runtime.open(files[0], target)
@@ -252,8 +252,9 @@ def latencies(
         for i, net in enumerate(nets):
             folder = Path(aside) / str(i)
             folder.mkdir()
-            exported = runtime.export(lower(net, runtime.takes, way), folder, way)
-            runners.append(runtime.load(exported[0], target_for(net, target)))
+            own = target_for(net, target)
+            exported = runtime.write(lower(net, runtime.takes, way), folder, way, own)
+            runners.append(runtime.load(exported[0], own))
         calls = [[runner.bind(arrays) for arrays in timed] for runner in runners]
         blocks = benchmark.interleave(calls, budget_s=1.5 * len(nets), min_blocks=20, seed=0)
     for runner in runners:

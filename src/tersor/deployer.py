@@ -70,7 +70,7 @@ def deploy(
             f"of {opened.target.runtime}; compress with --target {found.runtimes[0]}"
         )
     place = Path(out).resolve()
-    about = {
+    about: dict[str, Any] = {
         "deployment": to,
         "options": to_plain(settings),
         "artifact": {
@@ -90,7 +90,8 @@ def deploy(
         )
         made.exit_code = 2 if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else 4
         raise made from error
-    return Deployed(path=Path(out), files=names, check=found.check)
+    check = found.check.format(**about["options"])
+    return Deployed(path=Path(out), files=names, check=check)
 
 
 def _settings(to: str, found: Deployment, options: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from tersor.core.packing import is_packed, unpacked
 from tersor.core.remote import Child, ChildError, signatures, usable_memory
 from tersor.core.runtime import Arrays, Runner, Signature, Target
 from tersor.core.schema import to_plain
+from tersor.core.sniffing import foreign, sniff
 
 TRIAL_S = 120.0
 """Longest time that reading, loading or running a file that is no artifact may take at first."""
@@ -152,6 +153,9 @@ def _bare(path: Path, target: Target | None, threads: int | None) -> Place:
                 )
             found = _bare(inner, target, threads)
         return replace(found, name=str(path), files=(path,))
+    kind = sniff(path)
+    if kind in ("empty", "html", "lfs", "pickle") or (kind and path.suffix == ".onnx"):
+        raise ModelError(f"{path.name!r} {foreign(path)}")
     known = suffixes()
     if target is None:
         if path.suffix not in known:

@@ -24,7 +24,7 @@ from tersor.core.model import Inputs, Model, may_lower
 from tersor.core.runtime import Runtime, Target
 from tersor.core.statistics import log_ratio_interval, median_interval, quantile_interval
 from tersor.core.timing import Calls, quiet, time_runs, warm_up
-from tersor.feeds import arrays_of, timing_inputs
+from tersor.feeds import array_of, arrays_of, timing_inputs
 from tersor.ops.lower import lower
 from tersor.ops.torch_runner import TorchRunner
 
@@ -109,7 +109,8 @@ def survey(
     first = next(iter(batches), None)
     if first is None:
         raise DataError(f"the data have no split {split!r} to measure on")
-    wanted = [*dict.fromkeys([*metrics, "fidelity", *(["accuracy"] if "labels" in first else [])])]
+    classes = "labels" in first and array_of(first["labels"]).dtype.kind in "iub"
+    wanted = [*dict.fromkeys([*metrics, "fidelity", *(["accuracy"] if classes else [])])]
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder, ExitStack() as open_runners:
         work = _Work(model, inputs, data, Path(folder), wanted, batch, threads, split)
         rows: list[Row] = []

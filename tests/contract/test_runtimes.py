@@ -46,8 +46,8 @@ def test_its_extra_is_what_it_imports(name: str) -> None:
         words = {re.split(r"[\[<>=~! ]", line)[0].lower() for line in extras.get(extra, [])}
         names = packages_distributions()
         missing = words - {owner.lower() for owners in names.values() for owner in owners}
-        # what is not installed is taken at its word: cuda-bindings brings cuda
-        named = {part for word in missing for part in (word.replace("-", "_"), word.split("-")[0])}
+        # what is not installed is taken at its words: cuda-bindings brings cuda, apache-tvm tvm
+        named = {part for word in missing for part in (word.replace("-", "_"), *word.split("-"))}
         return named | {m for m, owners in names.items() if words & {o.lower() for o in owners}}
 
     found = plugins.own_runtime(name)

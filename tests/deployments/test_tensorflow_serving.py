@@ -44,6 +44,9 @@ def test_tensorflow_computes_what_the_artifact_does(
     options = {"name": "digits", "version": 3, "tolerance": 1e-5}
     made = tersor.deploy(artifact, to="tensorflow_serving", out=tmp_path / "out", options=options)
     assert "digits/3/saved_model.pb" in made.files
+    assert (
+        made.check == 'tensorflow_model_server --model_name=digits --model_base_path="$PWD/digits"'
+    )
     np.save(tmp_path / "x.npy", x)
     place = str(tmp_path / "out" / "digits" / "3")
     words = [place, str(tmp_path / "x.npy"), str(tmp_path / "y.npz")]

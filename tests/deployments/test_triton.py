@@ -5,9 +5,11 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import tersor
 from tersor.core import environments
 from tersor.core.artifact import Artifact
 from tersor.core.errors import RecipeError, TargetError
+from tersor.deployments._triton_repository import _check_script
 from tests.deployments.conftest import expected
 
 ASK = """
@@ -129,13 +132,13 @@ def test_a_real_server_answers_as_the_artifact_does(
     tersor.deploy(artifact, to="triton", out=tmp_path / "repository", options=options)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torchscript"])
 def test_a_configuration_is_what_the_published_schema_says(
     runtime: str, artifact_of: Callable[[str], Artifact], python: Path, tmp_path: Path
 ) -> None:
     import json
 
-    pytest.importorskip(runtime)
+    pytest.importorskip("torch" if runtime == "torchscript" else runtime)
     artifact = artifact_of(runtime)
     options = {"instances": 2, "max_batch": 16, "delay_us": 50}
     tersor.deploy(artifact, to="triton", out=tmp_path / "out", options=options)
@@ -144,14 +147,19 @@ def test_a_configuration_is_what_the_published_schema_says(
         [str(python), "-c", PARSE, str(file)], check=True, capture_output=True, text=True
     )
     parsed = json.loads(done.stdout)
-    assert parsed["backend"] == runtime
+    assert parsed["backend"] == runtime.replace("torchscript", "pytorch")
     assert parsed["max_batch_size"] == 16
     assert parsed["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": ["1", "8", "8"]}]
     (output,) = parsed["output"]
     assert (output["data_type"], output["dims"]) == ("TYPE_FP32", ["10"])
     assert parsed["instance_group"][0]["count"] == 2
     assert parsed["dynamic_batching"]["max_queue_delay_microseconds"] == "50"
-    key = {"onnxruntime": "intra_op_thread_count", "openvino": "INFERENCE_NUM_THREADS"}[runtime]
+    assert output["name"].endswith("__0") == (runtime == "torchscript")
+    key = {
+        "onnxruntime": "intra_op_thread_count",
+        "openvino": "INFERENCE_NUM_THREADS",
+        "torchscript": "INTRA_OP_THREAD_COUNT",
+    }[runtime]
     assert parsed["parameters"][key]["string_value"] == "1"
 
 
@@ -217,3 +225,36 @@ def test_the_python_back_end_runs_onnx_files_only(
             options={"backend": "python"},
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_scripts_with_operators_of_others_are_refused(tmp_path: Path) -> None:
+    for body, said in (
+        ("torch.relu(x)", ""),
+        ("ops.quantized_decomposed.q(x)", "quantized_decomposed.q"),
+    ):
+        with zipfile.ZipFile(tmp_path / "model.pt", "w") as pack:
+            pack.writestr("model/code/__torch__.py", f"def forward(self, x):\n  return {body}\n")
+        if not said:
+            _check_script(tmp_path / "model.pt")
+            continue
+        with pytest.raises(
+            TargetError, match=f"triton's PyTorch back end has no operator '{said}'"
+        ):
+            _check_script(tmp_path / "model.pt")
+
+
+def test_plain_pytorch_runs_a_script(
+    artifact_of: Callable[[str], Artifact], x: np.ndarray, tmp_path: Path
+) -> None:
+    """The back end has only what PyTorch registers: so has a new interpreter without tersor."""
+    artifact = artifact_of("torchscript")
+    tersor.deploy(artifact, to="triton", out=tmp_path / "out")
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import sys, numpy as np, torch; file, x, y = sys.argv[1:]; torch.set_num_threads(1)\n"
+        "np.save(y, torch.jit.load(file)(x=torch.from_numpy(np.load(x))).detach().numpy())"
+    )
+    files = [str(tmp_path / "out/net/1/model.pt"), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    subprocess.run([sys.executable, "-W", "ignore", "-I", "-c", code, *files], check=True)
+    _, wanted = expected(artifact, x)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), wanted, rtol=1e-5, atol=1e-6)

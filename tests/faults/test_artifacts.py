@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -313,3 +314,37 @@ def test_a_manifest_is_not_believed_about_names(tmp_path):
     (out / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(ArtifactError, match="list of files that makes no sense"):
         Artifact.open(out)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "模型",
+        "a b \U0001f600",
+        "n" * 255,
+        "/".join(["d" * 100] * 4),
+        unicodedata.normalize("NFC", "é"),
+        unicodedata.normalize("NFD", "é"),
+    ],
+    ids=["chinese", "emoji", "255 bytes", "long path", "NFC", "NFD"],
+)
+def test_28_any_name_of_an_output(tmp_path, name):
+    artifacts.write(tmp_path / name, "one")
+    artifacts.write(tmp_path / name, "two")  # replaced
+    Artifact.open(tmp_path / name, check="hashes")
+    assert not left_beside(tmp_path / name)
+
+
+def test_28_two_spellings_of_one_letter_are_two_outputs(tmp_path):
+    one, other = (tmp_path / unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    artifacts.write(one, "one")
+    artifacts.write(other, "two")
+    Artifact.open(one, check="hashes")  # the same folder, or its neighbor: as the disk has it
+    assert Artifact.open(other, check="hashes").manifest["origin"] == "two"
+
+
+def test_28_a_name_too_long(tmp_path):
+    with pytest.raises(ArtifactError, match=r"cannot write .*too long") as caught:
+        artifacts.write(tmp_path / ("n" * 256), "one")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["sources-one"]

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tersor.core.model import Inputs
 from tersor.ops.lower import lower
-from tersor.ops.signed_codes import rewritten
+from tersor.ops.signed_codes import fold_single_channels, rewritten
 from tersor.quantization.static import Static, static
 from tersor.quantization.weight_only import WeightOnly, weight_only
 from tests import networks
@@ -77,6 +77,19 @@ def test_weights_alone_become_floats(tmp_path: Path) -> None:
     assert "embed" in floats
     assert not [t for t in targets(after) if "dequantize" in str(t)]
     torch.testing.assert_close(after.module()(x=X), program.module()(x=X), rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_of_one_channel_get_float_weights(tmp_path: Path) -> None:
+    program = int8(tmp_path)
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    fold_single_channels(module)
+    kinds = [node.target for node in module.graph.nodes]
+    weights = OPS.dequantize_per_channel.default
+    assert kinds.count(weights) == targets(program).count(weights) - 1
+    convolution = next(n for n in module.graph.nodes if n.target is ATEN.conv2d.default)
+    assert convolution.args[1].op == "get_attr"
+    torch.testing.assert_close(module(x=X), program.module()(x=X), rtol=1e-6, atol=1e-6)
 
 
 class Means(nn.Module):

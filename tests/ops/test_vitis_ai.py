@@ -66,10 +66,14 @@ def test_everything_is_int8_with_a_power_of_two(tiny_context: Any, tmp_path: Pat
         runtime.load(plain, target)
 
 
+def test_a_network_in_float_is_left_as_it_is(tiny_context: Any) -> None:
+    model = lowered(None, tiny_context)
+    assert to_vitis_ai(model).SerializeToString() == model.SerializeToString()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, r"^the network has no roundings, which Vitis AI needs"),
         (Static(), r"^'x' is not rounded to int8 around 0 with one scale that is a power of two"),
         (Static(symmetric=True, power_of_two=True), r"^'conv1\.weight' is not rounded to int8"),
     ],

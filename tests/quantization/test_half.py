@@ -119,6 +119,28 @@ def test_fp8_is_stored_and_replayed(tiny_context: Any, tmp_path: Path) -> None:
         assert torch.equal(made(x), again(x))
 
 
+def test_fp16_weights_are_those_of_the_format(tiny_context: Any, tmp_path: Path) -> None:
+    """Where the runtime reads them and does not compute in fp16 itself; stored and replayed, too."""
+    net = networks.tiny_cnn()
+    context = tiny_context(net, target=Target(runtime="litert"))
+    made = half(copy.deepcopy(net), Half(format="fp16"), context)
+    assert context.facts["layers"] == 9
+    weights = [m for m in made.modules() if getattr(m, "format", "") == "fp16"]
+    assert {m.weight.dtype for m in weights} == {torch.float16}
+    edits.store(made, net, tmp_path)
+    x = networks.digits()[0][:8]
+    with torch.no_grad():
+        assert torch.equal(made(x), edits.replay(tmp_path, copy.deepcopy(net))(x))
+        torch.testing.assert_close(made(x), net(x), rtol=0, atol=0.02)
+
+
+def test_fp16_weights_out_of_range_are_refused(tiny_context: Any) -> None:
+    net = networks.tiny_cnn()
+    net.fc.weight.data[0, 0] = 1e6
+    with pytest.raises(ModelError, match=r"layer 'fc' .*in fp16: weights reach 1e\+06, fp16 65504"):
+        half(net, Half(format="fp16"), tiny_context(net, target=Target(runtime="litert")))
+
+
 def test_fp8_says_what_it_cannot(tiny_context: Any) -> None:
     net = networks.tiny_cnn()
     context = tiny_context(net)

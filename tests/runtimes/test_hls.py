@@ -78,10 +78,8 @@ def quantized(net: nn.Module, x: Tensor, folder: Path, config: Static = FIXED) -
 def run(name: str, net: Any, inputs: Inputs, folder: Path, x: Tensor, **options: Any) -> np.ndarray:
     runtime = plugins.runtime(name)
     folder.mkdir()
-    file = runtime.export(net, folder, inputs)[0]
-    if options:  # what a project was written with is what it is emulated with
-        (folder / "project.zip").unlink()
-    runner = runtime.open(file, Target(runtime=name, options={"threads": 1, **options}))
+    target = Target(runtime=name, options={"threads": 1, **options})
+    runner = runtime.open(runtime.write(net, folder, inputs, target)[0], target)
     try:
         batch: Arrays = {"x": x.numpy()}
         (made,) = runner.bind(batch)().values()

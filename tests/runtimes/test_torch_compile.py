@@ -45,7 +45,8 @@ def test_integer_networks_compute_in_integers(tmp_path: Path) -> None:
     made = static(net, Static(), networks.context(net, tmp_path / "work")).eval()
     files = torch_compile.export(lower(made, "exported", INPUTS), tmp_path, INPUTS)
     about = json.loads(files[1].read_text())
-    assert about["in_integers"] == {"convolutions": 8, "linear": 1}
+    # the first convolution has one input channel, which Inductor's integer one reads wrongly
+    assert about["in_integers"] == {"convolutions": 7, "linear": 1}
     x = networks.split(0, 64)[0]["x"][:7]  # of another size than the example
     runner = torch_compile.load(files[0], TARGET)
     found = runner.bind({"x": x.numpy()})()["output"]

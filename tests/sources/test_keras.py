@@ -122,6 +122,14 @@ def test_layers_with_code_are_refused(bad: dict[str, Any], said: str, tmp_path: 
             {"module": "keras.utils", "class_name": "function", "config": "get_file"},
             "asks for 'get_file' of 'keras.utils'",
         ),
+        (
+            {
+                "module": "keras.config",
+                "class_name": "function",
+                "config": "enable_unsafe_deserialization",
+            },
+            "asks for 'enable_unsafe_deserialization' of 'keras.config'",
+        ),
         ({"module": "builtins", "class_name": "eval", "config": {}}, "asks for 'eval'"),
         ({"class_name": ["Dense"], "module": "keras.layers", "config": {}}, "asks for"),
     ],

@@ -20,6 +20,6 @@ class Deployment:
     write: Callable[["Artifact", Path, Any], None]
     """Write the files into an empty folder; the artifact's hashes were compared before."""
     check: str
-    """What shows that it works: a line to paste, run in the folder."""
+    """What shows that it works: a line to run in the folder; {name} stands for that setting."""
     environment: str = ""
     """The environment that `write` needs, by name; "": none."""

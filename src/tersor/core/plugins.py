@@ -78,19 +78,20 @@ def module(kind: str, name: str) -> ModuleType:
 def missing(kind: str, name: str, package: str) -> DependencyError:
     """Build the error that says which package to install for a plugin."""
     package = package.partition(".")[0]
-    apart = kind in ("runtimes", "sources") and name in environments.known()
-    line = f"tersor doctor --create {name}" if apart else install_line(name, package)
     return DependencyError(
-        f"{kind[:-1]} {name!r} needs the package {package!r}. Install it with: {line}"
+        f"{kind[:-1]} {name!r} needs the package {package!r}. "
+        f"Install it with: {install_line(name, package)}"
     )
 
 
 def install_line(name: str, package: str) -> str:
     """Say how to install a package that the plugin `name` imports.
 
-    The extra named like the plugin where it brings the package, else the one that does; the package
-    alone where none does.
+    An environment of the plugin's own where there is one to make; else the extra named like the
+    plugin where it brings the package, else the one that does; the package alone where none does.
     """
+    if name in environments.known():
+        return f"tersor doctor --create {name}"
     brought = {extra: _named(lines) for extra, lines in _extras().items()}
     close = [extra for extra in (name, package) if package in brought.get(extra, ())]
     other = [extra for extra, packages in brought.items() if package in packages]

@@ -209,7 +209,9 @@ def driven(
         load_too: Load and run there.
     """
 
-    def export(net: Any, folder: Path, inputs: "Inputs") -> Sequence[Path]:
+    def export(
+        net: Any, folder: Path, inputs: "Inputs", target: Target | None = None
+    ) -> Sequence[Path]:
         child = Child(name, python)
         try:
             with tempfile.TemporaryDirectory(prefix="tersor-") as aside:
@@ -220,6 +222,7 @@ def driven(
                     form=found.takes,
                     file=str(file),
                     folder=str(folder.resolve()),
+                    target=to_plain(target or Target(runtime=name)),
                     dynamic={
                         n: {str(a): w for a, w in d.items()} for n, d in inputs.dynamic.items()
                     },

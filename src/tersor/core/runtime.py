@@ -104,8 +104,9 @@ class Runtime:
     """The form of network that `export` is given."""
     devices: tuple[str, ...]
     """Device names of a target."""
-    export: Callable[[Any, Path, "Inputs"], Sequence[Path]]
-    """Write a network of form `takes` into a folder; return the files, the one to load first."""
+    export: Callable[..., Sequence[Path]]
+    """Write a network of form `takes` into a folder; return the files, the one to load first. It is
+    given the network, the folder and how to call it (`Inputs`); where `targeted`, the target."""
     load: Callable[[Path, Target], Runner]
     """Load the first of those files."""
     profile: Callable[[Path, Target, Sequence[Arrays]], Sequence[OperatorTime]] | None = None
@@ -123,6 +124,8 @@ class Runtime:
     fixed_batch: bool = False
     """Whether an exported file takes batches of one size only: that of the inputs at export. Its
     runner takes other batches in pieces (`core/pieces.py`)."""
+    targeted: bool = False
+    """Whether options change what `export` writes."""
     options: tuple[str, ...] = ("threads",)
     """Names allowed in `Target.options`."""
     weights: tuple[str, ...] = ()
@@ -133,6 +136,15 @@ class Runtime:
     """Packages that `export` imports, by import name."""
     to_run: tuple[str, ...] = ()
     """Packages that `load` imports, by import name."""
+
+    def write(self, net: Any, folder: Path, inputs: "Inputs", target: Target) -> Sequence[Path]:
+        """Export a network for a target.
+
+        Raises:
+            TargetError: the runtime, or an option, does not fit it.
+        """
+        about = (net, folder, inputs)
+        return self.export(*about, target) if self.targeted else self.export(*about)
 
     def open(self, path: Path, target: Target) -> Runner:
         """Load a file that `export` wrote, packed or not.

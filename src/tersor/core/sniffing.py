@@ -35,6 +35,8 @@ _PICKLES_ONLY = tuple(suffix for suffix in PICKLED if suffix != ".bin")
 MAX_ENTRIES = 100_000
 MAX_UNPACKED = 64 << 30
 MAX_RATIO = 100
+_LONGEST_END = 22 + 65535
+"""Bytes of the end of a zip archive: its record and a comment."""
 SMALL = 256 << 20
 """Archives that unpack to less than this may be packed as tightly as they like."""
 
@@ -187,6 +189,9 @@ def no_network(path: Path) -> str:
 def zip_problem(file: Path | BytesIO) -> str:
     """Say what makes a zip archive unsafe to unpack: names, number, sizes, ratio; or nothing."""
     packed = len(file.getbuffer()) if isinstance(file, BytesIO) else file.stat().st_size
+    listed = _entries_listed(file, packed)
+    if listed > MAX_ENTRIES:
+        return f"has {listed} entries, more than {MAX_ENTRIES}"
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -213,3 +218,19 @@ def zip_problem(file: Path | BytesIO) -> str:
     if unpacked > SMALL and unpacked > MAX_RATIO * packed:
         return f"unpacks {packed} bytes to {unpacked} ({unpacked // packed} times): a zip bomb"
     return ""
+
+
+def _entries_listed(file: Path | BytesIO, size: int) -> int:
+    """Count the entries of an archive's directory without making an object of each."""
+    with BytesIO(file.getbuffer()) if isinstance(file, BytesIO) else file.open("rb") as stream:
+        start = max(0, size - _LONGEST_END)
+        stream.seek(start)
+        tail = stream.read()
+        end = tail.rfind(b"PK\x05\x06")
+        if end < 0 or len(tail) < end + 16:
+            return 0
+        length = int.from_bytes(tail[end + 12 : end + 16], "little")
+        if length > start + end:
+            return 0
+        stream.seek(start + end - length)
+        return stream.read(length).count(b"PK\x01\x02")

@@ -6,8 +6,9 @@ Source: the message ModelConfig of Triton's model_config.proto, in protobuf's te
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tersor.core.artifact import Artifact
@@ -53,6 +54,9 @@ def write_repository(artifact: Artifact, folder: Path, serving: Serving) -> Inte
     version = folder / serving.name / "1"
     version.mkdir(parents=True)
     copy_model(artifact, version)
+    if serving.backend == "pytorch":
+        found = _as_pytorch_names(found)
+        _check_script(version / "model.pt")
     if serving.backend == "python":
         shutil.copyfile(_PROGRAM, version / "model.py")
     text = config(found, serving, _parameters(artifact, serving))
@@ -66,7 +70,29 @@ def _parameters(artifact: Artifact, serving: Serving) -> dict[str, str]:
     if serving.backend == "openvino":
         chosen = {"INFERENCE_NUM_THREADS": threads} if artifact.target.threads else {}
         return {**chosen, "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
+    if serving.backend == "pytorch":
+        chosen = {"INTRA_OP_THREAD_COUNT": threads} if artifact.target.threads else {}
+        return {**chosen, "INTER_OP_THREAD_COUNT": "1"}
     return {"intra_op_thread_count": threads, "inter_op_thread_count": "1"}
+
+
+def _as_pytorch_names(found: Interface) -> Interface:
+    """Call outputs NAME__0, NAME__1 ..., by which the back end of PyTorch tells their places."""
+    outputs = (replace(p, name=f"{p.name}__{i}") for i, p in enumerate(found.outputs))
+    return replace(found, outputs=tuple(outputs))
+
+
+def _check_script(file: Path) -> None:
+    """Refuse TorchScript that calls operators which a server has not registered."""
+    with zipfile.ZipFile(file) as pack:
+        names = [name for name in pack.namelist() if "/code/" in name and name.endswith(".py")]
+        text = "\n".join(pack.read(name).decode("utf-8") for name in names)
+    foreign = re.search(r"\bops\.(?!prim\b|aten\b)\w+\.\w+", text)
+    if foreign:
+        raise TargetError(
+            f"triton's PyTorch back end has no operator {foreign[0].removeprefix('ops.')!r}; "
+            "compress with --target onnxruntime"
+        )
 
 
 def config(found: Interface, serving: Serving, parameters: Mapping[str, str]) -> str:

@@ -116,6 +116,6 @@ DEPLOYMENT = Deployment(
     runtimes=("onnxruntime",),
     options=TensorflowServing,
     write=write,
-    check='tensorflow_model_server --model_name=net --model_base_path="$PWD/net"',
+    check='tensorflow_model_server --model_name={name} --model_base_path="$PWD/{name}"',
     environment=NAME,
 )

@@ -2,7 +2,8 @@
 
 OUT is the repository: OUT/NAME/config.pbtxt, and OUT/NAME/1 with the model. Names, types and sizes
 are those that the artifact was seen to take and give; where the batch is free, Triton puts requests
-together. Artifacts of `onnxruntime` and `openvino` are run by Triton's back ends of these names;
+together. Artifacts of `onnxruntime` and `openvino` are run by Triton's back ends of these names,
+those of `torchscript` by its PyTorch one, which wants outputs to be called NAME__0, NAME__1 ...;
 with `backend: python` those of `onnxruntime` are run by a short program in Triton's Python back
 end, for servers that have no other; numpy and onnxruntime must be installed there. Weights of 4
 bits are computed as ONNX Runtime does by default in its own back end, which may round activations;
@@ -17,6 +18,8 @@ from tersor.core.artifact import Artifact
 from tersor.core.deployment import Deployment
 from tersor.core.errors import TargetError
 from tersor.deployments._triton_repository import NAME, Serving, write_repository
+
+_BACKENDS = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torchscript": "pytorch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def write(artifact: Artifact, folder: Path, options: Triton) -> None:
         )
     serving = Serving(
         name=options.name,
-        backend=runtime if options.backend == "auto" else options.backend,
+        backend=_BACKENDS[runtime] if options.backend == "auto" else options.backend,
         max_batch=options.max_batch,
         instances=options.instances,
         delay_us=options.delay_us,
@@ -63,7 +66,7 @@ def write(artifact: Artifact, folder: Path, options: Triton) -> None:
 
 
 DEPLOYMENT = Deployment(
-    runtimes=("onnxruntime", "openvino"),
+    runtimes=tuple(_BACKENDS),
     options=Triton,
     write=write,
     check="tritonserver --model-repository=$PWD",

@@ -4,6 +4,7 @@ The codes of activations become signed, each reader gets a DequantizeLinear of i
 that these readers have no integer kernel for get their weights as floats. Every rewrite is exact.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def rewritten(program: ExportedProgram, inputs: Inputs) -> tuple[ExportedProgram
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     _sign(module)
-    floats = _fold_weights(module)
+    floats = _fold_weights(module, _is_integer)
     _part(module)
     _keep_dimensions(module)
     module.graph.lint()
@@ -75,11 +76,32 @@ def _part(module: fx.GraphModule) -> None:
             reader.replace_input_with(node, own)
 
 
-def _fold_weights(module: fx.GraphModule) -> tuple[str, ...]:
-    """Store the weights of layers as floats where codes do not both come in and go out."""
+def fold_single_channels(module: fx.GraphModule) -> None:
+    """Store the weights of convolutions of one input channel as floats.
+
+    Inductor takes the layout of a picture from its strides, which do not tell it for one channel;
+    its integer convolution then reads the weights in another order.
+
+    Args:
+        module: Of an exported program; modified.
+    """
+    _fold_weights(module, lambda layer, weight: not _reads_one_channel(layer, weight))
+    module.recompile()
+
+
+def _reads_one_channel(layer: fx.Node, weight: fx.Node) -> bool:
+    del weight
+    convolves = layer.target in _LAYERS and layer.target is not _ATEN.linear.default
+    return convolves and layer.args[0].meta["val"].shape[1] == 1  # type: ignore[union-attr]  # a tensor of the graph
+
+
+def _fold_weights(
+    module: fx.GraphModule, keep: Callable[[fx.Node, fx.Node], bool]
+) -> tuple[str, ...]:
+    """Store the weights of layers as floats but where `keep` is true for layer and weight."""
     names: list[str] = []
     for node in _calls(module, *_WEIGHTS):
-        if all(_is_integer(reader, node) for reader in node.users):
+        if all(keep(reader, node) for reader in node.users):
             continue
         codes = node.args[0]
         assert isinstance(codes, fx.Node)
@@ -95,7 +117,7 @@ def _fold_weights(module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _is_integer(layer: fx.Node, weight: fx.Node) -> bool:
-    """Tell whether a layer reads codes and what it writes is rounded at once."""
+    """Tell whether a layer reads codes, and what it writes is rounded at once."""
     if layer.target not in _LAYERS or layer.args[1] is not weight:
         return False
     readers = list(layer.users)

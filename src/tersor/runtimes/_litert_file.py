@@ -12,14 +12,12 @@ import numpy as np
 
 from tersor.runtimes._litert_program import Kept
 
-_CONVOLUTION = (0, 2, 3, 1)
-_DEPTHWISE = (1, 2, 3, 0)
-_LAYOUTS: Mapping[int, Sequence[tuple[tuple[int, ...], int]]] = {
-    2: [((0, 1), 0)],
-    3: [((0, 2, 1), 0), ((1, 2, 0), -1)],
-    4: [(_CONVOLUTION, 0), (_DEPTHWISE, -1)],
+_LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {
+    2: [(0, 1)],
+    3: [(0, 2, 1), (1, 2, 0)],
+    4: [(0, 2, 3, 1), (1, 2, 3, 0)],
 }
-"""How the file may hold weights that PyTorch has in another order: axes, and the channels' one."""
+"""How the file may order the axes of weights: of convolutions; of depthwise and transposed ones."""
 
 
 def finish(file: Path, kept: Iterable[Kept], inputs: Mapping[str, str]) -> None:
@@ -51,11 +49,11 @@ class _Edit:
 
     def keep(self, kept: Iterable[Kept]) -> None:
         """Replace constants of the values that are kept in fewer bits."""
-        wanted: dict[bytes, tuple[Kept, tuple[int, ...], int]] = {}
+        wanted: dict[bytes, tuple[Kept, tuple[int, ...]]] = {}
         for weights in kept:
-            for axes, channels in _LAYOUTS.get(weights.values.ndim, ()):
+            for axes in _LAYOUTS.get(weights.values.ndim, ()):
                 key = np.ascontiguousarray(weights.values.transpose(axes)).tobytes()
-                wanted.setdefault(key, (weights, axes, channels))
+                wanted.setdefault(key, (weights, axes))
         lookup = {len(key) for key in wanted}
         for index, tensor in enumerate(list(self.graph.tensors)):
             data = self.model.buffers[tensor.buffer].data
@@ -64,19 +62,19 @@ class _Edit:
             if len(data) in lookup and (found := wanted.get(np.asarray(data).tobytes())):
                 self._replace(index, *found)
 
-    def _replace(self, index: int, weights: Kept, axes: tuple[int, ...], channels: int) -> None:
+    def _replace(self, index: int, weights: Kept, axes: tuple[int, ...]) -> None:
         readers = [o for o in self.graph.operators if o.inputs is not None and index in o.inputs]
         linear = [o for o in readers if self._code(o) == self._builtin("FULLY_CONNECTED")]
         if weights.in_integers and readers and len(linear) == len(readers):
             self._drop(self.graph.tensors[index])
-            self._store(self.graph.tensors[index], weights, axes, channels)
+            self._store(self.graph.tensors[index], weights, axes)
             for operator in linear:
                 operator.builtinOptions.asymmetricQuantizeInputs = True
             return
         floats = self.graph.tensors[index]
         self._drop(floats)
         packed = self._like(floats, b"_packed")
-        self._store(self.graph.tensors[packed], weights, axes, channels)
+        self._store(self.graph.tensors[packed], weights, axes)
         self._insert(0, "DEQUANTIZE", packed, index)
 
     def _drop(self, tensor: Any) -> None:
@@ -86,7 +84,7 @@ class _Edit:
             self.model.buffers[tensor.buffer].data = None
         tensor.buffer = 0
 
-    def _store(self, tensor: Any, weights: Kept, axes: tuple[int, ...], channels: int) -> None:
+    def _store(self, tensor: Any, weights: Kept, axes: tuple[int, ...]) -> None:
         codes = np.ascontiguousarray(weights.codes.transpose(axes))
         kinds = self.schema.TensorType
         tensor.type = kinds.FLOAT16 if weights.scale is None else kinds.INT8
@@ -98,7 +96,7 @@ class _Edit:
             grid = self.schema.QuantizationParametersT()
             grid.scale = weights.scale.astype(np.float32)
             grid.zeroPoint = np.zeros(len(weights.scale), np.int64)
-            grid.quantizedDimension = channels % len(tensor.shape)
+            grid.quantizedDimension = _channels(axes, weights.axis, len(tensor.shape))
             tensor.quantization = grid
 
     def take_floats(self, inputs: Mapping[str, str]) -> None:
@@ -168,3 +166,9 @@ class _Edit:
     @staticmethod
     def _exchange(indices: Any, old: int, new: int) -> None:
         indices[[int(i) for i in indices].index(old)] = new
+
+
+def _channels(axes: tuple[int, ...], axis: int, rank: int) -> int:
+    """Tell where the channels are; a convolution of one dimension has one more axis in the file."""
+    at = axes.index(axis)
+    return at if at == 0 else at + rank - len(axes)

@@ -29,7 +29,9 @@ class Kept:
     codes: np.ndarray
     """int8 or float16, of the same shape."""
     scale: np.ndarray | None
-    """Of each channel of axis 0 of a linear layer or convolution; None: float16."""
+    """Of each output channel; None: float16."""
+    axis: int = 0
+    """Output channels among the dimensions."""
     in_integers: bool
     """Whether the layer's input may be rounded while it runs, to multiply in integers."""
 
@@ -95,7 +97,7 @@ def _signed_for_each(module: fx.GraphModule, node: fx.Node) -> None:
             reader.replace_input_with(node, module.graph.node_copy(node))
 
 
-def _rounded_weights(module: fx.GraphModule, node: fx.Node) -> Kept | None:
+def _rounded_weights(module: fx.GraphModule, node: fx.Node) -> Kept:
     """Let int8 weights be the rounding of their float values."""
     codes, scale, zero = (_tensor(module, arg) for arg in node.args[:3])
     values: Tensor = _OPS.dequantize_per_channel.default(codes, scale, zero, *node.args[3:])
@@ -104,13 +106,14 @@ def _rounded_weights(module: fx.GraphModule, node: fx.Node) -> Kept | None:
         floats = _attribute(module, f"floats_{node.name}", values)
         grid = node.args[1:]
         node.update_arg(0, rounded(_OPS.quantize_per_channel.default, (floats, *grid)))
-    if node.args[3] != 0:  # a transposed convolution
-        return None
+    axis = node.args[3]
+    assert isinstance(axis, int)
     users = list(node.users)
     return Kept(
         values=values.numpy(),
         codes=codes.numpy(),
         scale=scale.numpy(),
+        axis=axis,
         in_integers=bool(users) and all(map(_reads_codes, users)),
     )
 

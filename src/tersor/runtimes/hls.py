@@ -251,6 +251,7 @@ RUNTIME = Runtime(
     devices=("cpu",),
     export=export,
     load=load,
+    targeted=True,
     options=("threads", "part", "clock_ns", "reuse_factor", "bits"),
     to_export=("hls4ml", "onnx", "onnxscript"),
     to_run=("hls4ml", "onnx"),

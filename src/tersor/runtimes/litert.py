@@ -3,9 +3,10 @@
 Networks that `static` quantized become integer operators: convolutions, additions, pooling and
 what merely moves numbers take and give int8 codes. Linear layers whose output stays in float, as
 `static` leaves them, and those of `dynamic` multiply in integers, too; their input is rounded once
-more, with a scale of each row. Weights that only are stored in fewer bits (`weight_only` with 8
-bits, `half` with fp16) are unpacked when the file is loaded. A file takes batches of one size;
-int64 inputs and outputs are int32 in it.
+more, with a scale of each row. Weights of other layers that compute in float (transposed
+convolutions, those whose output leaves the network), and of `weight_only` with 8 bits and `half`
+with fp16, are stored in few bits and unpacked when the file is loaded. A file takes batches of one
+size; int64 inputs and outputs are int32 in it.
 """
 
 import contextlib

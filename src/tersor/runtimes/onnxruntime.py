@@ -19,6 +19,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -118,6 +119,7 @@ def _export_ort(net: Any, folder: Path) -> Sequence[Path]:
     with tempfile.TemporaryDirectory(prefix="tersor-") as aside:
         source = Path(aside) / "model.onnx"
         source.write_bytes(net.SerializeToString(deterministic=True))
+        logging.getLogger("ort_format_model.utils").setLevel(logging.ERROR)
         try:
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore", ResourceWarning)  # it leaves a file open
@@ -373,6 +375,7 @@ RUNTIME = Runtime(
     fused=fused,
     inputs=inputs,
     suffixes=(".onnx", ".ort"),
+    targeted=True,
     options=("threads", "optimization", "format", *_SWITCHES),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("onnx", "onnxscript"),

@@ -10,13 +10,18 @@ Being native code, the file runs as part of an artifact only.
 """
 
 import json
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tersor.core.errors import DependencyError, TargetError
 from tersor.core.model import Inputs
+from tersor.core.pieces import narrowed
 from tersor.core.runtime import Runner, Runtime, Target
 
 _INTEGER = {
@@ -24,15 +29,18 @@ _INTEGER = {
     "linear": ("qlinear_unary_lower_count", "qlinear_binary_lower_count"),
 }
 """Inductor's counters of layers that became integer operators."""
+_TOLERANCE = 0.1
+"""Largest difference of outputs, relative and root mean square: roundings that fall the other way,
+accumulated."""
 
 
 def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
-    """Write `compiled.pt2` and `compiled.json`."""
+    """Write `compiled.pt2` and `compiled.json`.
+
+    Integer operators are compared with the program; where their outputs differ by more than
+    roundings do, the network is compiled without them, which is said.
+    """
     import torch
-    from torch._dynamo.utils import counters
-    from torch._inductor import aot_compile
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch._inductor.package.package import package_aoti
 
     from tersor.ops import native_code
 
@@ -44,13 +52,43 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
         )
     compiler = native_code.cxx_compiler()
     names = list(net.call_spec.in_spec.child(1).context)
+    file, beside = folder / "compiled.pt2", folder / "compiled.json"
+    for integers in (True, False):
+        done = _compile(net, inputs, names, file, compiler, integers=integers)
+        about = {
+            "inputs": names,
+            "torch": torch.__version__,
+            "processor": native_code.processor(),
+            "in_integers": done,
+        }
+        beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        if not any(done.values()) or _agrees(net, inputs, file):
+            break
+        logging.getLogger("tersor").warning(
+            "torch_compile: Inductor's integer operators give other outputs than the network; "
+            "compiled without them"
+        )
+    return [file, beside]
+
+
+def _compile(
+    net: Any, inputs: Inputs, names: list[str], file: Path, compiler: str, *, integers: bool
+) -> dict[str, int]:
+    """Write the package; return how many layers became integer operators, by kind."""
+    import torch
+    from torch._dynamo.utils import counters
+    from torch._inductor import aot_compile
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.package.package import package_aoti
+
+    from tersor.ops import native_code, signed_codes
+
     example = {name: inputs.example[name].contiguous() for name in names}
-    file = folder / "compiled.pt2"
-    counters.clear()
+    before = Counter(counters["inductor"])
     with tempfile.TemporaryDirectory(prefix="tersor-") as aside:
         options = {
             # constants are folded, and weights packed for the operators that read them
-            "freezing": True,
+            "freezing": integers,
             "cpp.cxx": (compiler,),
             # their number is chosen where the network runs
             "cpp.dynamic_threads": True,
@@ -60,7 +98,9 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
         }
         try:
             with torch.no_grad(), native_code.quiet():
-                made = aot_compile(net.module(check_guards=False), (), example, options=options)
+                module = net.module(check_guards=False)
+                signed_codes.fold_single_channels(module)
+                made = aot_compile(module, (), example, options=options)
                 assert isinstance(made, list)  # of files, with `package` set
                 # the C++ is of no use where it runs
                 kept = [str(x) for x in made if not str(x).endswith(".cpp")]
@@ -70,18 +110,24 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
             raise DependencyError(f"{compiler} does not work as a C++ compiler") from error
         except Exception as error:
             raise TargetError(f"Inductor cannot compile the network: {_plain(error)}") from error
-    done = counters["inductor"]
-    about = {
-        "inputs": names,
-        "torch": torch.__version__,
-        "processor": native_code.processor(),
-        "in_integers": {
-            kind: sum(done[word] for word in words) for kind, words in _INTEGER.items()
-        },
-    }
-    beside = file.with_suffix(".json")
-    beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    return [file, beside]
+    done = Counter(counters["inductor"]) - before
+    return {kind: sum(done[word] for word in words) for kind, words in _INTEGER.items()}
+
+
+def _agrees(net: Any, inputs: Inputs, file: Path) -> bool:
+    """Tell whether the first output of the file is that of the program, but for roundings."""
+    import torch
+
+    batch = narrowed(inputs.example, 3, inputs.dynamic)
+    runner = load(file, Target(runtime="torch_compile"))
+    found = next(iter(runner.bind({n: t.numpy() for n, t in batch.items()})().values()))
+    runner.close()
+    with torch.no_grad():
+        made = net.module(check_guards=False)(**batch)
+    while not isinstance(made, torch.Tensor):
+        made = next(iter(made.values())) if isinstance(made, Mapping) else made[0]
+    wanted = made.double().numpy()
+    return bool(np.linalg.norm(found - wanted) <= _TOLERANCE * np.linalg.norm(wanted))
 
 
 def load(path: Path, target: Target) -> Runner:

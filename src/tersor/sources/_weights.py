@@ -16,9 +16,9 @@ from tersor.sources._renames import find_prefix
 
 _CONVERT = (
     "convert it once, where you trust it: "
-    "safetensors.torch.save_file({load}, 'weights.safetensors')"
+    "safetensors.torch.save_file({tensors}, 'weights.safetensors')"
 )
-_LOADERS = {".joblib": ("joblib", "FILE"), ".dill": ("dill", "open(FILE, 'rb')")}
+_OTHER_TOOLS = {".joblib": "joblib", ".dill": "dill"}
 
 
 def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...]:
@@ -36,8 +36,9 @@ def load_weights(net: nn.Module, file: Path, *, partial: bool) -> tuple[str, ...
         ModelError: the file is a pickle, damaged, or does not fit; lists what, and likely renames.
     """
     if file.suffix.lower() in PICKLED:
-        loader, words = _LOADERS.get(file.suffix.lower(), ("torch", "FILE, weights_only=True"))
-        convert = _CONVERT.format(load=f"{loader}.load({words})")
+        tool = _OTHER_TOOLS.get(file.suffix.lower(), "torch")
+        load = "load(FILE, weights_only=True)" if tool == "torch" else "load(FILE)"
+        convert = _CONVERT.format(tensors=f"{tool}.{load}")
         raise ModelError(
             f"weights {str(file)!r}: {file.suffix} files are pickles, which can run code when "
             f"loaded, and are not read; {convert}"
