@@ -59,7 +59,7 @@ def test_twice_the_work_takes_about_twice_as_much() -> None:
 def test_another_device_is_said_to_be_left_out() -> None:
     target = Target(runtime="x", device="cuda", options={"threads": 1})
     found = cpu_seconds(Subject(target=target, runner=Matmul(), inputs=batches()))
-    assert found.how.startswith("CPU-seconds of 1000 runs, without the cuda: ")
+    assert found.how.startswith("CPU-seconds of 1000 runs, without the work of cuda: ")
 
 
 def test_calls_that_run_elsewhere_tell_their_own_time() -> None:

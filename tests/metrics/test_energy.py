@@ -128,6 +128,8 @@ def test_the_device_is_the_first_that_cuda_sees(
     assert (counter.name, counter.joules()) == ("GPU", 2.5)
     zone(tmp_path, "intel-rapl:0", "package-0", 1)
     assert [c.name for c in counters("cuda", tmp_path)] == ["GPU", "package-0"]
+    assert [c.name for c in counters("tensorrt", tmp_path)] == ["GPU", "package-0"]
+    assert [c.name for c in counters("openvino", tmp_path)] == ["package-0"]
 
 
 def powered(run_j: float, idle_w: float) -> tuple[Calls, Counter]:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
+PROCESSORS = ("cpu", "openvino", "xnnpack")
+"""Devices of targets that are the processor."""
+NVIDIA = ("cuda", "tensorrt")
 
 
 class NoCounterError(Exception):
@@ -30,9 +33,9 @@ def counters(device: str, powercap: Path = POWERCAP) -> list[Counter]:
     Raises:
         NoCounterError: the device itself has none.
     """
-    if device == "cpu":
+    if device in PROCESSORS:
         return _rapl(powercap)
-    if device != "cuda":
+    if device not in NVIDIA:
         raise NoCounterError(f"no counter of a device {device!r} is known")
     found = [_nvml()]
     try:

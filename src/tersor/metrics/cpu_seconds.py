@@ -8,6 +8,7 @@ from tersor.core.metric import Measurement, Subject, metric
 from tersor.core.statistics import median_interval
 from tersor.core.timing import cpu_seconds_of, quiet, warm_up
 from tersor.metrics import _conditions
+from tersor.metrics._counters import PROCESSORS
 
 RUNS = 1000
 """Runs of one batch that the value is given for."""
@@ -41,7 +42,8 @@ def cpu_seconds(subject: Subject) -> Measurement:
             if spent_s > AT_MOST_S or (spent_s > SECONDS and len(blocks) >= FEWEST):
                 break
     batch, threads = _conditions.batch(subject), _conditions.threads(subject)
-    beside = "" if subject.target.device == "cpu" else f", without the {subject.target.device}"
+    device = subject.target.device
+    beside = "" if device in PROCESSORS else f", without the work of {device}"
     return Measurement(
         metric="cpu_seconds",
         value=float(np.median(blocks)),
