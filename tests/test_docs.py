@@ -29,7 +29,7 @@ PAGES = [
     *(f for f in sorted((ROOT / "docs").rglob("*.md")) if "reference" not in f.parts),
 ]
 BLOCK = re.compile(
-    r"^(?P<marks>(?:[ \t]*<!--.*?-->\n)*)(?P<indent>[ \t]*)```(?P<lang>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ \t]*$",
+    r"^(?P<marks>(?:[ \t]*<!--(?:(?!-->).)*-->\n)*)(?P<indent>[ \t]*)```(?P<lang>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ \t]*$",
     re.DOTALL | re.MULTILINE,
 )
 SHELLS = ("bash", "sh", "shell", "console")
