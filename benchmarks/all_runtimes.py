@@ -32,7 +32,7 @@ SENTENCES = ROOT / "examples" / "minilm.py"
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", default=",".join(NETWORKS))
-    parser.add_argument("--runtimes", default="", help="these only; the other rows stay")
+    parser.add_argument("--runtimes", default="", help="these only")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "all_runtimes.json")
