@@ -303,7 +303,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     notes.write_text("hello")
     with pytest.raises(
         ModelError,
-        match=r"'notes.txt' is neither an artifact nor a model file that tersor runs \(.onnx, .xml, .pt2\)",
+        match=r"'notes.txt' is neither an artifact nor a model file that tersor runs \(.*\.onnx.*\)",
     ):
         measure(notes)
 

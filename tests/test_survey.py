@@ -31,7 +31,8 @@ def test_all_run_agree_and_are_timed():
         assert row.measurements["fidelity"].value == 100
         assert row.measurements["accuracy"].value > 80
         assert row.measurements["size"].value > 0
-        assert row.measurements["latency"].value <= row.measurements["latency_p90"].value
+        high = row.measurements.get("latency_p90")  # none where a busy machine made few runs
+        assert high is None or row.measurements["latency"].value <= high.value
         assert row.speed is not None
         assert row.speed[1] <= row.speed[0] <= row.speed[2]
     assert found.rows[0].speed == (1.0, 1.0, 1.0)
@@ -103,7 +104,7 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["survey"]["rows"]
     assert row["status"] == "ran"
-    assert "latency_p90" in row["measurements"]
+    assert row["measurements"]["latency"]["value"] > 0
     done = subprocess.run(
         [sys.executable, "-m", "tersor", *words[:2], "--all-runtimes"],
         capture_output=True,
