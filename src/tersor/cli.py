@@ -9,14 +9,21 @@ from tersor._cli_options import (
     BATCH,
     DATA,
     Batch,
+    Batches,
+    Cells,
     Data,
     Debug,
     Fusion,
     Json,
+    LatencyLimit,
     Model,
+    Modes,
     Partial,
+    Rate,
     Resume,
+    Seconds,
     Subject,
+    Sweep,
     Target,
     Teacher,
     TeacherWeights,
@@ -195,16 +202,43 @@ def measure(
         list[str] | None,
         option("--runtime", "NAME", "of these only (repeatable)", complete="runtimes"),
     ] = None,
+    sweep: Sweep = False,
+    batches: Batches = None,
+    cells: Cells = None,
+    mode: Modes = None,
+    rate: Rate = None,
+    latency_limit: LatencyLimit = None,
+    seconds: Seconds = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure a network, a model file or an artifact on its target, or on every runtime.
 
-    A runtime that is not here, or does not run the network, is a row that says why.
+    What is not here, or does not run, is a row that says why.
     """
-    from tersor import _cli_measure, _cli_survey
+    from tersor import _cli_load, _cli_measure, _cli_survey
 
     del debug
+    if sweep or mode or batches or cells or rate or latency_limit or seconds:
+        code = _cli_load.load(
+            subject,
+            sweep=sweep,
+            modes=mode or [],
+            batches=batches,
+            cells=cells,
+            rate=rate,
+            limit=latency_limit,
+            seconds=seconds,
+            data=data,
+            target=target,
+            batch=batch,
+            threads=threads,
+            split=split,
+            weights=weights,
+            partial=partial,
+            as_json=json,
+        )
+        raise typer.Exit(code)
     if all_runtimes or runtime:
         code = _cli_survey.survey(
             subject,
