@@ -366,12 +366,15 @@ def explain(
 
 
 @app.command(
-    short_help="from how many zeros on are layers faster sparse here",
-    epilog=example("tersor profile --sparsity --shapes 256x256 --threads 1"),
+    short_help="say where a network's time goes, and what limits it",
+    epilog=example("tersor profile tersor.demo.network:trained --data digits --threads 1"),
 )
 def profile(
+    subject: Annotated[str | None, argument("MODEL|ARTIFACT", "what to profile")] = None,
+    data: Data = None,
+    target: Target = None,
     sparsity: Annotated[
-        bool, option("--sparsity", None, "time layers sparse and dense, by their zeros")
+        bool, option("--sparsity", None, "instead: time layers sparse and dense, by their zeros")
     ] = False,
     shapes: Annotated[
         str | None,
@@ -379,20 +382,36 @@ def profile(
     ] = None,
     batch: Batch = 1,
     threads: Threads = None,
+    weights: Weights = None,
+    partial: Partial = False,
+    fresh: Annotated[
+        bool, option("--fresh", None, "measure the machine's peak and bandwidth again")
+    ] = False,
     out: Annotated[Path | None, option("--out", "FILE.html", "write the picture, too")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Profile this machine: from which share of zeros on is sparse execution faster?
+    """Profile a network by operator: time, work, place on the machine's roofline, what can move it.
 
-    Layers are timed sparse and by every dense kernel that is installed, interleaved. The step
-    sparse_execution uses what was found.
+    With --sparsity, this machine: layers are timed sparse and by every dense kernel that is
+    installed. The step sparse_execution uses what was found.
     """
     from tersor import _cli_profile
 
     del debug
     code = _cli_profile.profile(
-        sparsity=sparsity, shapes=shapes, batch=batch, threads=threads, out=out, as_json=json
+        subject,
+        sparsity=sparsity,
+        shapes=shapes,
+        batch=batch,
+        threads=threads,
+        out=out,
+        data=data,
+        target=target,
+        weights=weights,
+        partial=partial,
+        fresh=fresh,
+        as_json=json,
     )
     raise typer.Exit(code)
 
