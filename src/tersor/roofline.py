@@ -5,6 +5,7 @@ Source:
     architectures", CACM 2009. What a change can buy at most follows from Amdahl's law.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from tersor.core.context import Track, silent
 from tersor.core.errors import ModelError, TargetError
 from tersor.core.hardware import environment, preflight, probe, usable_cores
 from tersor.core.loops import closed
-from tersor.core.runtime import Arrays, OperatorTime, Target
+from tersor.core.runtime import Arrays, OperatorTime, RanOperator, Target
 from tersor.ops.ceilings import Ceilings, ceilings
 from tersor.ops.onnx_work import Counter, Work
 
@@ -134,8 +135,8 @@ def profile(
     threads = target.threads or usable_cores()
     warnings = preflight(probe())
     counter = Counter(onnx.load(file), inputs[0])
-    covers = {each.name: each.covers for each in runtime.fused(file, target)}
     latency_ms, times = _times(file, target, inputs, display)
+    covers = _covers(times, runtime.fused(file, target))
     roofs = ceilings(threads, fresh=fresh)
     works = {each.name: counter.work(covers.get(each.name, ())) for each in times}
     held = sum(w.weight_bytes for w in works.values())
@@ -161,6 +162,24 @@ def profile(
         environment=environment(),
     )
     return replace(made, words=(*_bottlenecks(made), _agreement(made)))
+
+
+def _covers(
+    times: Sequence[OperatorTime], ran: Sequence[RanOperator]
+) -> dict[str, tuple[str, ...]]:
+    """Tell which operators of the network each timed one computes.
+
+    ONNX Runtime's profiler calls those without a name KIND_NUMBER; they are matched in order.
+    """
+    covers = {each.name: each.covers for each in ran if each.name}
+    unknown = [t for t in times if t.name not in covers]
+    for kind in {t.kind for t in unknown}:
+        numbered = [(re.fullmatch(re.escape(kind) + r"_(\d+)", t.name), t) for t in unknown]
+        timed = sorted((int(found[1]), t.name) for found, t in numbered if found)
+        nameless = [each.covers for each in ran if not each.name and each.kind == kind]
+        if len(timed) == len(nameless):
+            covers.update(zip((name for _, name in timed), nameless, strict=True))
+    return covers
 
 
 def _able(name: str) -> bool:
