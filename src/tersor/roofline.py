@@ -141,7 +141,8 @@ def profile(
     latency_ms, times = _times(file, target, inputs, display)
     covers = _covers(times, runtime.fused(file, target))
     roofs = ceilings(threads, fresh=fresh)
-    works = {each.name: counter.work(covers.get(each.name, ())) for each in times}
+    others = [name for each in covers.values() for name in each]
+    works = {each.name: counter.work(covers.get(each.name, ()), others) for each in times}
     held = sum(w.weight_bytes for w in works.values())
     held += max((w.moved_bytes for w in works.values()), default=0)
     cached = held <= max(probe().caches.values(), default=0)

@@ -59,3 +59,9 @@ def test_integers_are_bytes():
     assert work.weight_bytes == 256 + 4 + 1 + 1
     assert work.moved_bytes == 256 + 4 * 256
     assert not counter.work(["product"]).integers
+    # a runtime that moved the dequantizations into the product, and names them nowhere
+    folded = counter.work(["product"], ["product", "q"])
+    assert folded.integers
+    assert (folded.weight_bytes, folded.moved_bytes) == (work.weight_bytes, work.moved_bytes)
+    # one that runs them by themselves multiplies in float
+    assert not counter.work(["product"], ["product", "q", "r", "v"]).integers

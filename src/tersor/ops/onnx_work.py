@@ -67,6 +67,7 @@ class Counter:
             for name in (node.name, *node.output):
                 if name:
                     self.nodes[name] = node
+        self.makers = {name: node for node in graph.node for name in node.output if name}
         self.outputs = {value.name for value in graph.output}
         self.users: dict[str, set[int]] = {}
         for node in graph.node:
@@ -83,9 +84,24 @@ class Counter:
         self.shapes = dict(onnx_count.shapes_of(model, inputs))
         self.names = {code: word for word, code in onnx.TensorProto.DataType.items()}
 
-    def work(self, covers: Iterable[str]) -> Work:
-        """Tell what the operators of the graph with these names, fused into one, have to do."""
-        nodes = list({id(n): n for c in covers if (n := self.nodes.get(c)) is not None}.values())
+    def work(self, covers: Iterable[str], others: Iterable[str] = ()) -> Work:
+        """Tell what the operators of the graph with these names, fused into one, have to do.
+
+        Args:
+            covers: Names of operators, or of their outputs.
+            others: All that any fused operator covers. What none of them does, such as a
+                dequantization that a runtime moved into its user, belongs to who reads it. Empty:
+                nothing is added.
+        """
+        nodes = self._named(covers)
+        run_by_some = {id(node) for node in self._named(others)}
+        todo = list(nodes) if run_by_some else []
+        while todo:
+            for name in todo.pop().input:
+                maker = self.makers.get(name)
+                if maker is not None and id(maker) not in run_by_some and maker not in nodes:
+                    nodes.append(maker)
+                    todo.append(maker)
         inside = {id(node) for node in nodes}
         made = {name for node in nodes for name in node.output if name}
         taken = {name for node in nodes for name in node.input if name} - made - self.constants
@@ -103,6 +119,10 @@ class Counter:
             groups=1 if heavy is None else int(onnx_count.attribute_of(heavy, "group", 1)),
             integers=heavy is not None and self._integers(heavy, nodes),
         )
+
+    def _named(self, names: Iterable[str]) -> list[Any]:
+        found = (self.nodes.get(name) for name in names)
+        return list({id(node): node for node in found if node is not None}.values())
 
     def _macs(self, node: Any) -> int:
         return onnx_count.macs_of(node, self.shapes)
