@@ -6,7 +6,7 @@ Source:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ SHORT_MS = 0.1
 """Below this mean length of operators, the cost of timing them shows."""
 CUT = 0.25
 """Share of channels whose pruning is spoken of."""
+_TOKEN = re.compile(r"_token_\d+$")
 _ROUND_S = 0.25
 _MOST_RUNS = 200
 
@@ -139,7 +140,7 @@ def profile(
     warnings = preflight(probe())
     counter = Counter(onnx.load(file), inputs[0])
     latency_ms, times = _times(file, target, inputs, display)
-    covers = _covers(times, runtime.fused(file, target))
+    covers = _covers(times, runtime.fused(file, target), counter.nodes)
     roofs = ceilings(threads, fresh=fresh)
     others = [name for each in covers.values() for name in each]
     works = {each.name: counter.work(covers.get(each.name, ()), others) for each in times}
@@ -169,11 +170,14 @@ def profile(
 
 
 def _covers(
-    times: Sequence[OperatorTime], ran: Sequence[RanOperator]
+    times: Sequence[OperatorTime], ran: Sequence[RanOperator], known: Container[str]
 ) -> dict[str, tuple[str, ...]]:
     """Tell which operators of the network each timed one computes.
 
-    ONNX Runtime's profiler calls those without a name KIND_NUMBER; they are matched in order.
+    ONNX Runtime's profiler calls those without a name KIND_NUMBER; they are matched in order. Where
+    it changed the layout of integers, the tensors between have new names and only the operators'
+    own names, which end with _token_NUMBER, tell where they come from; all that would then be
+    laid on the transposition at the end, which computes nothing.
     """
     covers = {each.name: each.covers for each in ran if each.name}
     unknown = [t for t in times if t.name not in covers]
@@ -183,6 +187,9 @@ def _covers(
         nameless = [each.covers for each in ran if not each.name and each.kind == kind]
         if len(timed) == len(nameless):
             covers.update(zip((name for _, name in timed), nameless, strict=True))
+    moved = {t.name: _TOKEN.sub("", t.name) for t in times if _TOKEN.search(t.name)}
+    for name, base in moved.items():
+        covers[name] = (base,) if base in known and not base.startswith("Transpose") else ()
     return covers
 
 

@@ -89,9 +89,8 @@ class Counter:
 
         Args:
             covers: Names of operators, or of their outputs.
-            others: All that any fused operator covers. What none of them does, such as a
-                dequantization that a runtime moved into its user, belongs to who reads it. Empty:
-                nothing is added.
+            others: All that any fused operator covers. A dequantization that none of them does was
+                moved into its user, and belongs to it. Empty: nothing is added.
         """
         nodes = self._named(covers)
         run_by_some = {id(node) for node in self._named(others)}
@@ -99,7 +98,9 @@ class Counter:
         while todo:
             for name in todo.pop().input:
                 maker = self.makers.get(name)
-                if maker is not None and id(maker) not in run_by_some and maker not in nodes:
+                if maker is None or maker.op_type != "DequantizeLinear" or maker in nodes:
+                    continue
+                if id(maker) not in run_by_some:
                     nodes.append(maker)
                     todo.append(maker)
         inside = {id(node) for node in nodes}
