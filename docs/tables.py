@@ -23,6 +23,7 @@ PAGES = (
     "docs/how-to/distill.md",
     "docs/how-to/decompose.md",
     "docs/how-to/fuse.md",
+    "docs/how-to/measure-under-load.md",
     "docs/how-to/prune.md",
     "docs/how-to/share-weights.md",
     "docs/measuring.md",
@@ -73,6 +74,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "candidates": candidates,
         "aa": self_check,
         "startup": startup,
+        "loadgen": loadgen,
         "pruned": pruned,
         "ways": pruning_ways,
         "oneshot": one_shot,
@@ -862,6 +864,31 @@ def self_check(chinese: bool) -> str:
         f"{raw['false_alarms_without_minimum_effect']} of the first row would be called different. "
         f"The machine was busy: load average {load['before']} before, {load['after']} after.\n"
     )
+
+
+def loadgen(chinese: bool) -> str:
+    """One row a figure: tersor's over that of MLPerf's load generator."""
+    del chinese  # on an English page only
+    raw = stored("loadgen")
+    if raw is None:
+        return ""
+    words = {
+        "single p50": "single, median latency",
+        "single p90": "single, 90th percentile of latency",
+        "offline": "offline, samples per second",
+    }
+    rows = [
+        [
+            words[name],
+            f"{item['median']:.3f}",
+            f"{item['low']:.3f} to {item['high']:.3f}",
+            str(item["pairs"]),
+        ]
+        for name, item in raw["ratios"].items()
+    ]
+    load = raw["environment"]["machine"]["load_1min"]
+    made = table(["figure", "tersor / load generator", "95 % interval", "pairs"], rows)
+    return f"{made}\nRendered from `benchmarks/results/loadgen.json`; load average {load:.1f}.\n"
 
 
 def startup(chinese: bool) -> str:

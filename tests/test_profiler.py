@@ -30,7 +30,7 @@ def test_other_words_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to profile: --sparsity"),
+        ([], "say what to profile: a network, or --sparsity"),
         (["--sparsity", "--out", "x.txt"], "--out 'x.txt' must end in .html"),
         (["--sparsity", "--out", "no/x.html"], "the folder does not exist"),
         (["--sparsity", "--shapes", "12"], "shape '12' is neither"),

@@ -73,5 +73,19 @@ Fusion = Annotated[
     bool, option("--fusion", None, "what the runtime fuses by itself, and what steps add")
 ]
 Resume = Annotated[bool, option("--resume", None, "go on with a run that was interrupted")]
+Sweep = Annotated[bool, option("--sweep", None, "batch sizes x threads x instances")]
+Batches = Annotated[str | None, option("--batches", "LIST", "of the sweep: 1,8,32")]
+Cells = Annotated[
+    str | None, option("--cells", "LIST", "of the sweep, threads x instances: 1x2,2x1")
+]
+Modes = Annotated[
+    list[str] | None,
+    option("--mode", "NAME", "MLPerf's single, multi, server, offline (repeatable)"),
+]
+Rate = Annotated[float | None, option("--rate", "X", "server: queries/s", min=1e-3)]
+LatencyLimit = Annotated[
+    str | None, option("--latency-limit", "TIME", "for --sweep and --mode server: '5 ms'")
+]
+Seconds = Annotated[float | None, option("--seconds", "S", "of a mode, or a cell", min=0.01)]
 Json = Annotated[bool, option("--json", None, "one JSON document on stdout")]
 Debug = Annotated[bool, option("--debug", None, "show the traceback of an error")]

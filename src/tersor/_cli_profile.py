@@ -1,29 +1,152 @@
-"""`tersor profile`: where layers are faster sparse on this machine."""
+"""`tersor profile`: where a network's time goes; where layers are faster sparse here."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tersor._cli_place import placed
 from tersor._cli_talk import Progress, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
     from tersor.profiler import Sparsity
+    from tersor.roofline import Profile
 
 
 def profile(
+    subject: str | None,
     *,
     sparsity: bool,
     shapes: str | None,
     batch: int,
     threads: int | None,
     out: Path | None,
+    data: str | None,
+    target: str | None,
+    weights: Path | None,
+    partial: bool,
+    fresh: bool,
     as_json: bool,
 ) -> int:
     """Measure what the words ask for."""
     from tersor.core.errors import RecipeError
 
+    if subject is not None and sparsity:
+        raise RecipeError("a network and --sparsity are two profiles; give one of them")
+    if subject is not None and (shapes or out):
+        raise RecipeError("--shapes and --out are for --sparsity")
+    if subject is not None:
+        return _network(
+            subject,
+            data=data,
+            target=target,
+            batch=batch,
+            threads=threads,
+            weights=weights,
+            partial=partial,
+            fresh=fresh,
+            as_json=as_json,
+        )
     if not sparsity:
-        raise RecipeError("say what to profile: --sparsity, from which share of zeros sparse pays")
+        raise RecipeError(
+            "say what to profile: a network, or --sparsity: from which share of zeros sparse pays"
+        )
+    return _sparsity(shapes=shapes, batch=batch, threads=threads, out=out, as_json=as_json)
+
+
+def _network(
+    subject: str,
+    *,
+    data: str | None,
+    target: str | None,
+    batch: int,
+    threads: int | None,
+    weights: Path | None,
+    partial: bool,
+    fresh: bool,
+    as_json: bool,
+) -> int:
+    """Profile a network, as an ONNX file: its operators are counted there."""
+    from dataclasses import replace
+
+    from tersor import roofline
+    from tersor.core.packing import unpacked
+    from tersor.core.recipe import read_target
+
+    asked = read_target(target)
+    python = not Path(subject).exists()
+    with placed(
+        subject,
+        data=data,
+        target="onnxruntime" if python else target,
+        batch=batch,
+        threads=threads,
+        split="test",
+        weights=weights,
+        partial=partial,
+    ) as (place, make):
+        on = place.target
+        if asked is not None:
+            on = replace(asked, options={**place.target.options, **asked.options})
+        with unpacked(place.files[0]) as file:
+            found = roofline.profile(
+                file,
+                on,
+                make(batch),
+                subject=subject,
+                batch=batch,
+                fresh=fresh,
+                display=Progress(),
+            )
+    if as_json:
+        plain = {**vars(found), "agrees": found.agrees}
+        show_json({"profile": plain})
+    else:
+        show(_layers(found))
+    for warning in found.warnings:
+        tell(f"warning: {warning}")
+    return 0
+
+
+def _layers(found: "Profile") -> str:
+    from tersor.core.report_words import human
+
+    head = ("operator", "what", "ms", "share", "MMAC", "kB", "op/byte", "GFLOP/s", "bound", "of it")
+    rows = []
+    for each in found.layers:
+        counted = bool(each.macs)
+        rows.append(
+            (
+                each.name,
+                each.what,
+                f"{each.ms:.4f}",
+                f"{each.share:.1%}",
+                f"{each.macs / 1e6:.3f}" if counted else "",
+                f"{(each.weight_bytes + each.moved_bytes) / 1e3:.1f}",
+                f"{each.intensity:.1f}" if counted else "",
+                f"{each.gflops:.1f}" if counted else "",
+                "" if each.bound == "none" else f"{each.bound} {each.format}".rstrip(),
+                "" if each.bound == "none" else f"{each.of_roof:.0%}",
+            )
+        )
+    roofs = found.ceilings
+    peaks = ", ".join(f"{k} {v:.0f} GFLOP/s ({roofs.by[k]})" for k, v in roofs.gflops.items())
+    held = "they fit the last cache" if found.cached else "they do not fit the last cache"
+    notes = [
+        f"latency {human(found.latency_ms, 'ms')}, operators {human(found.operators_ms, 'ms')}: "
+        f"{found.target}, batch {found.batch}, threads {found.threads}.",
+        f"Measured roofs of this machine: {peaks}; memory {roofs.memory_gb_s:.1f} GB/s, second "
+        f"cache {roofs.cache_gb_s:.1f} GB/s. Bytes are those that cannot be avoided: weights, and "
+        f"what a fused operator takes and gives; {held}.",
+    ]
+    said = [paragraph(f"- {words}", "") for words in found.words]
+    return "\n".join([table(head, rows), "", *said, "", *(paragraph(x, "") for x in notes)])
+
+
+def _sparsity(
+    *, shapes: str | None, batch: int, threads: int | None, out: Path | None, as_json: bool
+) -> int:
+    from tersor.core.errors import RecipeError
+
     if out is not None and out.suffix != ".html":
         raise RecipeError(f"--out {str(out)!r} must end in .html")
     if out is not None and not out.absolute().parent.is_dir():

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core import plugins
+from tersor.core import loops, plugins
 from tersor.core.errors import TersorError
 from tersor.core.model import Inputs, Source
 from tersor.core.runtime import Arrays, Form, Runner, Runtime, Target
@@ -117,6 +117,8 @@ class _Served:
             "bind": self.bind,
             "run": self.run,
             "time": self.time,
+            "closed": self.closed,
+            "opened": self.opened,
             "profile": self.profile,
             "fused": self.fused,
             "inputs": self.inputs,
@@ -160,6 +162,22 @@ class _Served:
         cpu = time.process_time_ns() - cpu
         del made
         return Message(fields={"ns": spent, "cpu_ns": cpu})
+
+    def closed(self, asked: Message) -> Message:
+        """Run bound calls one after the other; answer with when each began and ended."""
+        fields = asked.fields
+        made = loops.closed(
+            [self.calls[number] for number in fields["calls"]],
+            seconds=fields["for_s"],
+            fewest=fields["fewest"],
+            start_ns=fields["start_ns"],
+        )
+        return Message(fields={}, arrays=vars(made))
+
+    def opened(self, asked: Message) -> Message:
+        """Run bound calls as requests arrive; answer with when each began and ended."""
+        calls = [self.calls[number] for number in asked.fields["calls"]]
+        return Message(fields={}, arrays=vars(loops.opened(calls, asked.arrays["arrivals_s"])))
 
     def profile(self, asked: Message) -> Message:
         """Run batches under the runtime's own profiler."""

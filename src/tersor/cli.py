@@ -9,14 +9,21 @@ from tersor._cli_options import (
     BATCH,
     DATA,
     Batch,
+    Batches,
+    Cells,
     Data,
     Debug,
     Fusion,
     Json,
+    LatencyLimit,
     Model,
+    Modes,
     Partial,
+    Rate,
     Resume,
+    Seconds,
     Subject,
+    Sweep,
     Target,
     Teacher,
     TeacherWeights,
@@ -196,16 +203,43 @@ def measure(
         list[str] | None,
         option("--runtime", "NAME", "of these only (repeatable)", complete="runtimes"),
     ] = None,
+    sweep: Sweep = False,
+    batches: Batches = None,
+    cells: Cells = None,
+    mode: Modes = None,
+    rate: Rate = None,
+    latency_limit: LatencyLimit = None,
+    seconds: Seconds = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure a network, a model file or an artifact on its target, or on every runtime.
 
-    A runtime that is not here, or does not run the network, is a row that says why.
+    What is not here, or does not run, is a row that says why.
     """
-    from tersor import _cli_measure, _cli_survey
+    from tersor import _cli_load, _cli_measure, _cli_survey
 
     del debug
+    if sweep or mode or batches or cells or rate or latency_limit or seconds:
+        code = _cli_load.load(
+            subject,
+            sweep=sweep,
+            modes=mode or [],
+            batches=batches,
+            cells=cells,
+            rate=rate,
+            limit=latency_limit,
+            seconds=seconds,
+            data=data,
+            target=target,
+            batch=batch,
+            threads=threads,
+            split=split,
+            weights=weights,
+            partial=partial,
+            as_json=json,
+        )
+        raise typer.Exit(code)
     if all_runtimes or runtime:
         code = _cli_survey.survey(
             subject,
@@ -333,12 +367,15 @@ def explain(
 
 
 @app.command(
-    short_help="from how many zeros on are layers faster sparse here",
-    epilog=example("tersor profile --sparsity --shapes 256x256 --threads 1"),
+    short_help="say where a network's time goes, and what limits it",
+    epilog=example("tersor profile tersor.demo.network:trained --data digits --threads 1"),
 )
 def profile(
+    subject: Annotated[str | None, argument("MODEL|ARTIFACT", "what to profile")] = None,
+    data: Data = None,
+    target: Target = None,
     sparsity: Annotated[
-        bool, option("--sparsity", None, "time layers sparse and dense, by their zeros")
+        bool, option("--sparsity", None, "instead: time layers sparse and dense, by their zeros")
     ] = False,
     shapes: Annotated[
         str | None,
@@ -346,20 +383,36 @@ def profile(
     ] = None,
     batch: Batch = 1,
     threads: Threads = None,
+    weights: Weights = None,
+    partial: Partial = False,
+    fresh: Annotated[
+        bool, option("--fresh", None, "measure the machine's peak and bandwidth again")
+    ] = False,
     out: Annotated[Path | None, option("--out", "FILE.html", "write the picture, too")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Profile this machine: from which share of zeros on is sparse execution faster?
+    """Profile a network by operator: time, work, place on the machine's roofline, what can move it.
 
-    Layers are timed sparse and by every dense kernel that is installed, interleaved. The step
-    sparse_execution uses what was found.
+    With --sparsity, this machine: layers are timed sparse and by every dense kernel that is
+    installed. The step sparse_execution uses what was found.
     """
     from tersor import _cli_profile
 
     del debug
     code = _cli_profile.profile(
-        sparsity=sparsity, shapes=shapes, batch=batch, threads=threads, out=out, as_json=json
+        subject,
+        sparsity=sparsity,
+        shapes=shapes,
+        batch=batch,
+        threads=threads,
+        out=out,
+        data=data,
+        target=target,
+        weights=weights,
+        partial=partial,
+        fresh=fresh,
+        as_json=json,
     )
     raise typer.Exit(code)
 

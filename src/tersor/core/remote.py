@@ -255,7 +255,7 @@ def driven(
             made = child.ask("fused", **_about(path, target)).fields["operators"]
         finally:
             child.close()
-        return [RanOperator(kind=each["kind"], covers=tuple(each["covers"])) for each in made]
+        return [RanOperator(**{**each, "covers": tuple(each["covers"])}) for each in made]
 
     def inputs(path: Path) -> Mapping[str, Signature]:
         child = Child(name, python)

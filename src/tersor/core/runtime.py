@@ -94,6 +94,8 @@ class RanOperator:
     """The runtime's word for it, such as FusedConv."""
     covers: tuple[str, ...]
     """Names of the network's operators, or of their outputs, that it computes."""
+    name: str = field(default="", compare=False)
+    """What the runtime's profiler calls it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,9 +33,9 @@ def macs(subject: Subject) -> Measurement:
 def count(net: Any, inputs: Arrays) -> float:
     """Count multiply-accumulates of one batch of a network in any form."""
     if type(net).__name__ == "ModelProto":
-        from tersor.metrics import _onnx
+        from tersor.ops import onnx_count
 
-        return _onnx.count_macs(net, inputs)
+        return onnx_count.count_macs(net, inputs)
     return _torch(net, inputs)
 
 

@@ -27,7 +27,7 @@ def nonzeros(subject: Subject) -> Measurement:
 def count(net: Any) -> int:
     """Count the numbers other than zero of a network in any form."""
     if type(net).__name__ == "ModelProto":
-        from tersor.metrics import _onnx
+        from tersor.ops import onnx_count
 
-        return _onnx.count_parameters(net, zeros=False)
+        return onnx_count.count_parameters(net, zeros=False)
     return sum(int(torch.count_nonzero(tensor)) for tensor in parts(net))

@@ -26,9 +26,9 @@ def parameters(subject: Subject) -> Measurement:
 def count(net: Any) -> int:
     """Count the numbers of a network in any form."""
     if type(net).__name__ == "ModelProto":
-        from tersor.metrics import _onnx
+        from tersor.ops import onnx_count
 
-        return _onnx.count_parameters(net)
+        return onnx_count.count_parameters(net)
     return sum(tensor.numel() for tensor in parts(net))
 
 

@@ -37,7 +37,7 @@ def covered(file: Any, optimized: Any) -> list[RanOperator]:
         outputs = [alias.get(name, name) for name in node.output if name]
         passes = node.op_type in ("ReorderInput", "ReorderOutput")
         names = [] if passes else _between(outputs, alive, makers)
-        found.append(RanOperator(kind=node.op_type, covers=tuple(names)))
+        found.append(RanOperator(kind=node.op_type, covers=tuple(names), name=node.name))
     return found
 
 

@@ -150,7 +150,9 @@ def fused(path: Path, target: Target) -> Sequence[RanOperator]:
         kind, names = (str(about[k].astype(str)) for k in ("layerType", "originalLayersNames"))
         # what OpenVINO takes apart, such as a bias, is called NAME/PART
         bases = {name.partition("/")[0] for name in names.split(",") if name}
-        found.append(RanOperator(kind=kind, covers=tuple(sorted(bases))))
+        found.append(
+            RanOperator(kind=kind, covers=tuple(sorted(bases)), name=operator.get_friendly_name())
+        )
     return found
 
 

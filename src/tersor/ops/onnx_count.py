@@ -57,12 +57,20 @@ def count_macs(model: Any, inputs: Arrays) -> int:
                     f"the multiply-accumulates inside {node.op_type} {node.name!r} depend on the "
                     "data; leave 'macs' out"
                 )
+    shapes = shapes_of(model, inputs)
+    return sum(macs_of(node, shapes) for node in nodes if node.op_type in COUNTED)
+
+
+def shapes_of(model: Any, inputs: Arrays) -> dict[str, Shape]:
+    """Tell the shapes of a graph's tensors, all those at least that counting needs.
+
+    Raises:
+        ModelError: one cannot be told.
+    """
     shapes = _shapes(model, inputs)
-    counted = [node for node in nodes if node.op_type in COUNTED]
+    counted = [node for node in model.graph.node if node.op_type in COUNTED]
     missing = [name for node in counted for name in _relevant(node) if name not in shapes]
-    if missing:
-        shapes = {**shapes, **_run_shapes(model, inputs, missing)}
-    return sum(_macs(node, shapes) for node in counted)
+    return {**shapes, **_run_shapes(model, inputs, missing)} if missing else shapes
 
 
 def count_parameters(model: Any, *, zeros: bool = True) -> int:
@@ -88,7 +96,7 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
         given = list(node.input)
         kind = node.op_type
         if kind == "MatMulNBits":
-            packed[given[1]] = _attribute(node, "N", 0) * _attribute(node, "K", 0)
+            packed[given[1]] = attribute_of(node, "N", 0) * attribute_of(node, "K", 0)
             weights.update([given[0], *given[4:]])
         elif kind in _CODES:
             codes.update(given[i] for i in _CODES[kind] if i < len(given))
@@ -111,7 +119,8 @@ def _nonzeros(tensor: Any) -> int:
     return int((numpy_helper.to_array(tensor) != 0).sum())
 
 
-def _macs(node: Any, shapes: Mapping[str, Shape]) -> int:
+def macs_of(node: Any, shapes: Mapping[str, Shape]) -> int:
+    """Count the multiply-accumulates of one operator of COUNTED."""
     kind = node.op_type
     first = shapes[node.input[0]]
     made = shapes.get(node.output[0], ())
@@ -123,16 +132,16 @@ def _macs(node: Any, shapes: Mapping[str, Shape]) -> int:
     if kind in _INNER:
         return math.prod(made) * first[-1]
     if kind == "Gemm":
-        return math.prod(made) * first[0 if _attribute(node, "transA", 0) else 1]
+        return math.prod(made) * first[0 if attribute_of(node, "transA", 0) else 1]
     if kind == "MatMulNBits":
-        return math.prod(first) * int(_attribute(node, "N", 0))
+        return math.prod(first) * int(attribute_of(node, "N", 0))
     if kind in _RECURRENT:
         steps = math.prod(first[:2])
         return steps * (math.prod(shapes[node.input[1]]) + math.prod(shapes[node.input[2]]))
     if kind == "Attention":
         return _attention(node, shapes)
     terms = (
-        _attribute(node, "equation", b"").decode().replace(" ", "").partition("->")[0].split(",")
+        attribute_of(node, "equation", b"").decode().replace(" ", "").partition("->")[0].split(",")
     )
     sizes = {
         letter: size
@@ -148,8 +157,8 @@ def _attention(node: Any, shapes: Mapping[str, Shape]) -> int:
     if len(query) == 4:
         rows, width, long, deep = math.prod(query[:3]), query[3], key[2], value[3]
     else:
-        heads = int(_attribute(node, "q_num_heads", 1))
-        kv_heads = int(_attribute(node, "kv_num_heads", heads))
+        heads = int(attribute_of(node, "q_num_heads", 1))
+        kv_heads = int(attribute_of(node, "kv_num_heads", heads))
         rows, width, long, deep = (
             query[0] * heads * query[1],
             query[2] // heads,
@@ -226,7 +235,7 @@ def _run_shapes(model: Any, inputs: Arrays, names: Iterable[str]) -> dict[str, S
 def _constants(graph: Any, nodes: Iterable[Any]) -> Iterable[tuple[str, Any]]:
     yield from ((tensor.name, tensor) for tensor in graph.initializer)
     for node in nodes:
-        value = _attribute(node, "value", None) if node.op_type == "Constant" else None
+        value = attribute_of(node, "value", None) if node.op_type == "Constant" else None
         if value is not None:
             yield node.output[0], value
 
@@ -242,7 +251,8 @@ def _subgraphs(node: Any) -> list[Any]:
     return [a.g for a in node.attribute if a.HasField("g")]
 
 
-def _attribute(node: Any, name: str, default: Any) -> Any:
+def attribute_of(node: Any, name: str, default: Any) -> Any:
+    """Read an attribute of an ONNX node."""
     import onnx
 
     for attribute in node.attribute:
