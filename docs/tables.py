@@ -830,7 +830,8 @@ def everywhere(network: str) -> str:
         }
         rows.append([cells[column] for column in head])
     told = "".join(f"\nNot run: {text}.\n" for text in others)
-    busy = f" {made['warnings'][0].capitalize()}." if made["warnings"] else ""
+    warned = made["warnings"][0].partition(";")[0] if made["warnings"] else ""
+    busy = f" {warned.capitalize()}." if warned else ""
     return (
         table(head, rows)
         + f"\nBatch {made['batch']}, {made['threads']} thread, split {made['split']}. Speed is "

@@ -32,6 +32,7 @@ METRICS = ("size", "peak_memory")
 """Measured for every runtime besides the quality and the times."""
 TIMED_S = 1.5
 """Seconds of timed runs of each runtime, alone, for the percentiles."""
+_FIRST = "onnxruntime"
 BLOCKS_S = 2.0
 """Seconds of each runtime in the contest of all."""
 
@@ -99,7 +100,8 @@ def survey(
     Raises:
         RecipeError: an unknown runtime. DataError: the data lack the split.
     """
-    names = tuple(runtimes) or tuple(plugins.names("runtimes"))
+    # the others are compared with the first one
+    names = tuple(runtimes) or tuple(sorted(plugins.names("runtimes"), key=lambda n: n != _FIRST))
     for name in names:
         if name not in plugins.names("runtimes"):
             raise RecipeError(

@@ -63,6 +63,7 @@ class Buffer:
     """Bytes on the GPU that hold one array; freed with the object."""
 
     address: int
+    host: np.ndarray
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         """Allocate.

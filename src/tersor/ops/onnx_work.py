@@ -49,6 +49,16 @@ class Work:
 class Counter:
     """The shapes and types of a graph, for one size of inputs."""
 
+    nodes: dict[str, Any]
+    makers: dict[str, Any]
+    outputs: set[str]
+    users: dict[str, set[int]]
+    weights: dict[str, Any]
+    constants: set[str]
+    types: dict[str, int]
+    shapes: dict[str, onnx_count.Shape]
+    names: dict[int, str]
+
     def __init__(self, model: Any, inputs: Arrays) -> None:
         """Infer them, running the network once where inference does not know an operator.
 
@@ -62,14 +72,14 @@ class Counter:
         import onnx
 
         graph = model.graph
-        self.nodes: dict[str, Any] = {}
+        self.nodes = {}
         for node in graph.node:
             for name in (node.name, *node.output):
                 if name:
                     self.nodes[name] = node
         self.makers = {name: node for node in graph.node for name in node.output if name}
         self.outputs = {value.name for value in graph.output}
-        self.users: dict[str, set[int]] = {}
+        self.users = {}
         for node in graph.node:
             for name in node.input:
                 self.users.setdefault(name, set()).add(id(node))
