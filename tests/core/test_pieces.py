@@ -54,3 +54,19 @@ def test_examples_are_narrowed_and_repeated():
     assert narrowed(example, 1, free)["x"].tolist() == [0.0]
     assert narrowed(example, 5, free)["x"].tolist() == [0.0, 1.0, 0.0, 1.0, 0.0]
     assert narrowed(example, 5, free)["table"].shape == (3,)
+
+
+def test_a_number_goes_to_every_piece():
+    made = InPieces(Doubling(), 2).bind({"x": np.ones((3, 1)), "shift": np.array(1.0)})()
+    assert np.array_equal(made["y"], np.full((3, 1), 3.0))
+
+
+def test_an_output_of_the_whole_batch_is_not_that_of_a_piece():
+    class Mean(Doubling):
+        def bind(self, inputs):
+            return lambda: {"mean": inputs["x"].mean()}
+
+    x = np.array([1.0, 2.0, 3.0])
+    with pytest.raises(TargetError, match=r"output 'mean' of shape \(\) has no axis of 2 samples"):
+        InPieces(Mean(), 2).bind({"x": x})()
+    assert InPieces(Mean(), 2).bind({"x": x[:2]})()["mean"] == 1.5
