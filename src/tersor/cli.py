@@ -207,6 +207,13 @@ def measure(
 
     del debug
     if all_runtimes or runtime:
+        if target is not None:
+            from tersor.core.errors import RecipeError
+
+            raise RecipeError(
+                f"--target {target} cannot be given with --all-runtimes or --runtime, which choose "
+                "the targets"
+            )
         code = _cli_survey.survey(
             subject,
             data=data,
