@@ -30,6 +30,7 @@ from tersor.core.errors import TargetError
 from tersor.core.model import Inputs
 from tersor.core.pieces import InPieces
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
+from tersor.core.sniffing import zip_problem
 
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """The first moment that a zip file can name: the same network gives the same bytes."""
@@ -84,6 +85,8 @@ def load(path: Path, target: Target) -> Runner:
         units = coremltools.ComputeUnit
         aside = tempfile.TemporaryDirectory(prefix="tersor-")
         try:
+            if problem := zip_problem(path):
+                raise ValueError(f"it {problem}")
             with zipfile.ZipFile(path) as zipped:
                 zipped.extractall(aside.name)
             model = coremltools.models.MLModel(
