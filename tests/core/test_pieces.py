@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tersor.core.errors import TargetError
-from tersor.core.pieces import InPieces, narrowed
+from tersor.core.pieces import InPieces, in_pieces, narrowed
 
 
 class Doubling:
@@ -70,3 +70,12 @@ def test_an_output_of_the_whole_batch_is_not_that_of_a_piece():
     with pytest.raises(TargetError, match=r"output 'mean' of shape \(\) has no axis of 2 samples"):
         InPieces(Mean(), 2).bind({"x": x})()
     assert InPieces(Mean(), 2).bind({"x": x[:2]})()["mean"] == 1.5
+
+
+def test_inputs_of_another_first_size_have_no_samples():
+    made = in_pieces(Doubling(), {"n": (), "x": (2, 1), "shift": (1,)})
+    x = np.arange(5.0).reshape(5, 1)
+    found = made.bind({"x": x, "shift": np.full(1, 10.0), "n": np.array(3)})()
+    assert np.array_equal(found["y"], 2 * x + 10)
+    inner = Doubling()
+    assert in_pieces(inner, {"n": ()}) is inner

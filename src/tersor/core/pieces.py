@@ -1,6 +1,6 @@
 """Batches of any size for networks that take one size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,20 @@ class InPieces:
     def close(self) -> None:
         """Close the runner."""
         self.runner.close()
+
+
+def in_pieces(runner: Runner, shapes: Mapping[str, Sequence[int]]) -> Runner:
+    """Wrap a runner of fixed shapes; as it is where no input has an axis.
+
+    Args:
+        runner: Takes inputs of `shapes` only.
+        shapes: By input, in their order. The first axis of the first one that has axes is the
+            batch; inputs whose first axis has another size have no samples.
+    """
+    size = next((shape[0] for shape in shapes.values() if shape), 0)
+    if not size:
+        return runner
+    return InPieces(runner, size, frozenset(n for n, s in shapes.items() if s and s[0] == size))
 
 
 def _filled(piece: np.ndarray, size: int) -> np.ndarray:

@@ -28,7 +28,7 @@ import numpy as np
 
 from tersor.core.errors import TargetError
 from tersor.core.model import Inputs
-from tersor.core.pieces import InPieces
+from tersor.core.pieces import in_pieces
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
 from tersor.core.sniffing import zip_problem
 
@@ -99,8 +99,7 @@ def load(path: Path, target: Target) -> Runner:
             raise TargetError(f"CoreML cannot load {path.name}: {_reason(error)}") from error
     shapes = {each.name: tuple(each.type.multiArrayType.shape) for each in description.input}
     runner = _Runner(model, aside, shapes)
-    sizes = [shape[0] for shape in shapes.values() if shape]
-    return InPieces(runner, int(sizes[0])) if sizes else runner
+    return in_pieces(runner, shapes)
 
 
 class _Runner:
