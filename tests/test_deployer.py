@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import tersor
 from tersor.core import files as disk
 from tersor.core.artifact import Artifact
-from tersor.core.errors import ArtifactError, RecipeError
+from tersor.core.errors import ArtifactError, RecipeError, TargetError
 from tests.command import failing, talk
 from tests.deployments.conftest import write
 from tests.faults.test_artifacts import at_operation
@@ -207,3 +208,12 @@ def test_the_same_artifact_gives_the_same_files(artifact: Artifact, tmp_path: Pa
 def test_an_unknown_setting_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"triton: unknown field 'nam'\. Did you mean 'name'"):
         tersor.deploy(tmp_path / "nothing", to="triton", out=tmp_path / "out", options={"nam": "x"})
+
+
+@pytest.mark.parametrize("to", ["triton", "container", "embedded"])
+def test_another_device_is_refused(to: str, artifact: Artifact, tmp_path: Path) -> None:
+    other = replace(artifact, target=replace(artifact.target, device="cuda"))
+    message = rf"{to} computes on cpu, and .* was made for onnxruntime:cuda; compress with --target"
+    with pytest.raises(TargetError, match=message):
+        tersor.deploy(other, to=to, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

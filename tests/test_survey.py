@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -113,3 +114,32 @@ def test_the_command_line(tmp_path):
     )
     assert done.returncode == 2
     assert "give --data" in done.stderr
+
+
+def test_inputs_that_one_does_not_take_are_its_row(monkeypatch):
+    def unbindable(batches, batch):
+        return [{"x": np.array([None])}] if batch == 1 else []
+
+    monkeypatch.setattr("tersor.survey.timing_inputs", unbindable)
+    model = Model(net=networks.tiny_cnn().eval(), form="module", origin="module:tiny")
+    found = survey(
+        model,
+        data=networks.data(),
+        inputs=networks.inputs(),
+        runtimes=("onnxruntime",),
+        metrics=("size",),
+        threads=1,
+    )
+    (row,) = found.rows
+    assert row.status == "failed"
+    assert row.exported
+    assert "array 'x' is of object" in row.reason
+
+
+def test_a_target_is_not_ignored():
+    words = ["measure", "m.onnx", "--all-runtimes", "--target", "openvino"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tersor", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--target openvino cannot be given with --all-runtimes" in done.stderr

@@ -4,10 +4,10 @@
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +21,9 @@ from tersor.core.model import Inputs, Source
 from tersor.core.runtime import Arrays, Form, Runner, Runtime, Target
 from tersor.core.schema import to_plain
 from tersor.core.wire import Message, receive, send
+
+_WATCH_S = 0.5
+"""How often a look is taken at whether the process that asks is still there."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -55,13 +58,26 @@ def main(words: Sequence[str]) -> None:
                 answer = served.answer(asked)
             except Exception as error:
                 answer = Message(fields=_said(words[1], error))
-            send(stdout, answer)
+            try:
+                send(stdout, answer)
+            except TersorError as error:
+                send(stdout, Message(fields=_said(words[1], error)))
 
 
 def _end_with_parent() -> None:
-    """Be killed when the process that asks is gone, even in the middle of a run; Linux only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """Be killed when the process that asks is gone, even in the middle of a run.
+
+    Linux could do that by itself (PR_SET_PDEATHSIG), but takes the thread that started this process
+    for its parent.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _limit(most: int) -> None:

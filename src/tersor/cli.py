@@ -241,6 +241,13 @@ def measure(
         )
         raise typer.Exit(code)
     if all_runtimes or runtime:
+        if target is not None:
+            from tersor.core.errors import RecipeError
+
+            raise RecipeError(
+                f"--target {target} cannot be given with --all-runtimes or --runtime, which choose "
+                "the targets"
+            )
         code = _cli_survey.survey(
             subject,
             data=data,

@@ -57,7 +57,7 @@ def deploy(
     Raises:
         ArtifactError: the artifact was altered, or `out` is something else or cannot be written.
         RecipeError: no such deployment or setting.
-        TargetError: this deployment does not take artifacts of that runtime.
+        TargetError: this deployment does not take artifacts of that runtime or device.
         DependencyError: a package or an environment is missing.
     """
     found = plugins.deployment(to)
@@ -68,6 +68,11 @@ def deploy(
         raise TargetError(
             f"{to} takes artifacts of {', '.join(found.runtimes)}, and {str(opened.path)!r} is one "
             f"of {opened.target.runtime}; compress with --target {found.runtimes[0]}"
+        )
+    if opened.target.device not in found.devices:
+        raise TargetError(
+            f"{to} computes on {', '.join(found.devices)}, and {str(opened.path)!r} was made for "
+            f"{opened.target}; compress with --target {opened.target.runtime}:{found.devices[0]}"
         )
     place = Path(out).resolve()
     about: dict[str, Any] = {

@@ -121,8 +121,11 @@ def survey(
             row, candidate = work.row(name)
             if candidate is not None:
                 open_runners.callback(candidate.close)
-                timed = timing_inputs(batches, batch)
-                running[len(rows)] = [candidate.runner.bind(arrays) for arrays in timed]
+                try:
+                    timed = timing_inputs(batches, batch)
+                    running[len(rows)] = [candidate.runner.bind(arrays) for arrays in timed]
+                except Exception as error:
+                    row = replace(row, status="failed", reason=_words(error))
             rows.append(row)
         for i, made in _timed(running, seed).items():
             rows[i] = replace(
@@ -168,8 +171,9 @@ class _Work:
         target = Target(runtime=name, options={"threads": self.threads})
         candidate, place = None, self.folder / name
         try:
-            began = time.perf_counter()
             first = next(iter(getattr(self.data, self.split)))
+            lowered = self._lowered(runtime)
+            began = time.perf_counter()
             candidate = export(
                 self.model.net,
                 place,
@@ -178,7 +182,7 @@ class _Work:
                 {name: arrays_of(first)[name] for name in self.inputs.example},
                 batch=self.batch,
                 runtime=plugins.apart(name),
-                lowered=self._lowered(runtime),
+                lowered=lowered,
             )
             export_s = time.perf_counter() - began
             made = self._measured(candidate)

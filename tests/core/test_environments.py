@@ -78,3 +78,11 @@ def test_the_command_line_says_what_to_do(place):
     )
     assert done.returncode == 2
     assert "Did you mean 'litert'?" in done.stderr
+
+
+def test_a_folder_of_somebody_else_is_kept(place):
+    (place / "keras").mkdir()
+    (place / "keras/thesis.txt").write_text("mine")
+    with pytest.raises(DependencyError, match=r"keras is there and is no environment; move it"):
+        environments.create("keras", print)
+    assert (place / "keras/thesis.txt").read_text() == "mine"

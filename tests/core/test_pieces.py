@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tersor.core.errors import TargetError
-from tersor.core.pieces import InPieces, narrowed
+from tersor.core.pieces import InPieces, in_pieces, narrowed
 
 
 class Doubling:
@@ -54,3 +54,28 @@ def test_examples_are_narrowed_and_repeated():
     assert narrowed(example, 1, free)["x"].tolist() == [0.0]
     assert narrowed(example, 5, free)["x"].tolist() == [0.0, 1.0, 0.0, 1.0, 0.0]
     assert narrowed(example, 5, free)["table"].shape == (3,)
+
+
+def test_a_number_goes_to_every_piece():
+    made = InPieces(Doubling(), 2).bind({"x": np.ones((3, 1)), "shift": np.array(1.0)})()
+    assert np.array_equal(made["y"], np.full((3, 1), 3.0))
+
+
+def test_an_output_of_the_whole_batch_is_not_that_of_a_piece():
+    class Mean(Doubling):
+        def bind(self, inputs):
+            return lambda: {"mean": inputs["x"].mean()}
+
+    x = np.array([1.0, 2.0, 3.0])
+    with pytest.raises(TargetError, match=r"output 'mean' of shape \(\) has no axis of 2 samples"):
+        InPieces(Mean(), 2).bind({"x": x})()
+    assert InPieces(Mean(), 2).bind({"x": x[:2]})()["mean"] == 1.5
+
+
+def test_inputs_of_another_first_size_have_no_samples():
+    made = in_pieces(Doubling(), {"n": (), "x": (2, 1), "shift": (1,)})
+    x = np.arange(5.0).reshape(5, 1)
+    found = made.bind({"x": x, "shift": np.full(1, 10.0), "n": np.array(3)})()
+    assert np.array_equal(found["y"], 2 * x + 10)
+    inner = Doubling()
+    assert in_pieces(inner, {"n": ()}) is inner

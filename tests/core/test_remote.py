@@ -1,10 +1,14 @@
 """Runtimes in child processes."""
 
 import gc
+import io
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +18,13 @@ pytest.importorskip("onnxruntime")
 
 import torch
 
-from tersor.core import plugins
+from tersor.core import plugins, remote
 from tersor.core.errors import ModelError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.remote import Child, ChildError
 from tersor.core.runtime import Target
 from tersor.core.timing import cpu_seconds_of, time_runs
+from tersor.core.wire import receive
 from tersor.ops.lower import lower
 from tests import networks
 
@@ -113,3 +118,85 @@ def test_calls_that_are_forgotten_are_freed_there(exported):
     with pytest.raises(TargetError, match="KeyError: 1"):
         runner.child.ask("run", call=1)
     runner.close()
+
+
+def test_nothing_is_imported_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime.py").write_text("raise SystemExit('run')\n")
+    monkeypatch.chdir(tmp_path)
+    child = Child("onnxruntime", sys.executable)
+    with pytest.raises(ModelError, match=r"cannot load x\.onnx"):
+        child.ask("inputs", file="x.onnx")
+    child.close()
+
+
+def test_it_outlives_the_thread_that_started_it(exported):
+    _, apart, file = exported
+    loaded = []
+
+    def load():
+        loaded.append(apart.load(file, Target(runtime="onnxruntime", options={"threads": 1})))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    (made,) = loaded[0].bind({"x": np.ones((2, 1, 8, 8), np.float32)})().values()
+    assert made.shape == (2, 10)
+    loaded[0].close()
+
+
+def test_it_ends_with_the_process_that_started_it():
+    # another process holds its pipe open, so that the end of that is not what ends it
+    code = (
+        "import os, subprocess, sys; from tersor.core.remote import Child; "
+        "child = Child('onnxruntime', sys.executable); fd = child.process.stdin.fileno(); "
+        "holds = subprocess.Popen(['sleep', '60'], pass_fds=(fd,), stdout=subprocess.DEVNULL); "
+        "print(child.process.pid, holds.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    child, holds = map(int, done.stdout.split())
+    try:
+        until = time.monotonic() + 20
+        while _lives(child) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not _lives(child)
+    finally:
+        os.kill(holds, signal.SIGKILL)
+
+
+def _lives(pid):
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_is_no_answer_ends_it(monkeypatch):
+    monkeypatch.setattr(remote, "_LAST_S", 0.2)
+    child = Child("onnxruntime", sys.executable)
+    monkeypatch.setattr(remote, "receive", lambda stream: receive(io.BytesIO(b"\xff" * 8)))
+    with pytest.raises(ChildError, match=r"onnxruntime crashed \(SIGKILL\)"):
+        child.ask("inputs", file="x")
+    child.close()
+    with pytest.raises(ChildError, match="onnxruntime was ended before"):
+        child.ask("inputs", file="x")
+
+
+def test_an_interrupted_question_ends_it(monkeypatch):
+    def interrupted(stream):
+        raise KeyboardInterrupt
+
+    child = Child("onnxruntime", sys.executable)
+    monkeypatch.setattr(remote, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        child.ask("inputs", file="x")
+    assert child.process.poll() is not None
+
+
+def test_arrays_that_cannot_be_sent_leave_it_as_it_was():
+    child = Child("onnxruntime", sys.executable)
+    with pytest.raises(TargetError, match="array 'x' is of object"):
+        child.ask("bind", {"x": np.array([None])})
+    with pytest.raises(ModelError, match=r"cannot load x\.onnx"):
+        child.ask("inputs", file="x.onnx")
+    child.close()

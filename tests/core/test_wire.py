@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tersor.core.errors import TargetError
 from tersor.core.wire import Message, receive, send
 
 
@@ -55,3 +56,12 @@ def test_objects_are_not_read() -> None:
     header = json.dumps({"arrays": [{"name": "x", "dtype": "|O", "shape": [1]}]}).encode()
     with pytest.raises(ValueError, match="arrays of objects are not read"):
         receive(io.BytesIO(len(header).to_bytes(8, "little") + header + b"\0" * 8))
+
+
+def test_what_would_arrive_as_something_else_is_not_sent() -> None:
+    stream = io.BytesIO()
+    odd = np.zeros(2, [("half", "u2")])
+    for array in (np.array(["a", None], object), odd):
+        with pytest.raises(TargetError, match=r"array 'x' is of .*, which another process cannot"):
+            send(stream, Message(fields={}, arrays={"y": np.ones(1), "x": array}))
+    assert stream.getvalue() == b""

@@ -79,11 +79,6 @@ def test_a_bare_file_tells_its_inputs(executorch: Any, int8: tuple[Path, np.ndar
     }
 
 
-class Pair(nn.Module):
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        return input, input + 1
-
-
 class Named(nn.Module):
     """Two inputs, one of whole numbers, and outputs by name."""
 
@@ -150,13 +145,6 @@ def test_other_files_are_not_tried(data: bytes, tmp_path: Path) -> None:
             TargetError, match=r"model\.pte is not a program of ExecuTorch \(\.pte\)"
         ):
             read(file)
-
-
-def test_outputs_are_named_as_elsewhere() -> None:
-    x = torch.ones(1, 2)
-    for net, names in ((nn.Identity(), ["output"]), (Pair(), ["output", "output_1"])):
-        program = lower(net, "exported", Inputs(example={"input": x}))
-        assert described._names_of_outputs(program) == names
 
 
 def test_its_environment_is_complete() -> None:

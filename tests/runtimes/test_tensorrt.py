@@ -148,3 +148,12 @@ def test_a_machine_without_a_gpu_is_told(tmp_path: Path) -> None:
     (file,) = tensorrt.export(model, tmp_path, networks.inputs())
     with pytest.raises(TargetError, match=r"^no NVIDIA GPU can be used: .*; run where there is"):
         tensorrt.load(file, Target(runtime="tensorrt", device="cuda"))
+
+
+def test_timings_are_kept_outside_of_the_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tensorrt._timing_file(b"one")
+    assert file.parent == tmp_path / "tersor"
+    assert file != tensorrt._timing_file(b"two")

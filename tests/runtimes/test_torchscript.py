@@ -99,3 +99,15 @@ def test_files_that_are_no_trace_are_refused(tmp_path: Path) -> None:
 def test_bare_files_are_not_run() -> None:
     assert torchscript.RUNTIME.suffixes == ()
     assert torchscript.RUNTIME.inputs is None
+
+
+class Undefined(nn.Module):
+    """Gives NaN for batches that it was not traced on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if len(x) > 2 else x * float("nan")
+
+
+def test_a_trace_of_nan_is_not_taken_for_equal(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="the trace differs from the network on a batch of 3"):
+        torchscript.export(Undefined(), tmp_path, INPUTS)

@@ -21,5 +21,7 @@ class Deployment:
     """Write the files into an empty folder; the artifact's hashes were compared before."""
     check: str
     """What shows that it works: a line to run in the folder; {name} stands for that setting."""
+    devices: tuple[str, ...] = ("cpu",)
+    """The devices that what it writes computes on."""
     environment: str = ""
     """The environment that `write` needs, by name; "": none."""

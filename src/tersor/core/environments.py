@@ -60,7 +60,8 @@ def create(name: str, tell: Callable[[str], None]) -> Path:
         Its folder.
 
     Raises:
-        RecipeError: there is none of that name. DependencyError: packages cannot be installed.
+        RecipeError: there is none of that name. DependencyError: packages cannot be installed, or
+            a folder of that name is there that is no environment.
     """
     if name not in known():
         raise RecipeError(
@@ -69,6 +70,11 @@ def create(name: str, tell: Callable[[str], None]) -> Path:
         )
     place = folder() / name
     wanted = pins(name)
+    if place.exists() and not (place / "pyvenv.cfg").is_file() and any(place.iterdir()):
+        raise DependencyError(
+            f"{place} is there and is no environment; move it away, or set {VARIABLE} to another "
+            "folder"
+        )
     shutil.rmtree(place, ignore_errors=True)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

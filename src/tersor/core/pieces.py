@@ -1,6 +1,6 @@
 """Batches of any size for networks that take one size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class InPieces:
         Args:
             runner: Takes batches of `size` samples only.
             size: At least 1.
-            sampled: Names of the inputs whose first axis is the batch; None: all of them.
+            sampled: Names of the inputs whose first axis is the batch; None: all that have one.
         """
         self.runner, self.size, self.sampled = runner, size, sampled
 
@@ -34,9 +34,11 @@ class InPieces:
         """Bind every piece.
 
         Raises:
-            TargetError: the inputs have different numbers of samples.
+            TargetError: the inputs have different numbers of samples; or, when it is called, an
+                output without samples is not the same for all pieces.
         """
-        cut = {n: a for n, a in inputs.items() if self.sampled is None or n in self.sampled}
+        sampled = self.sampled if self.sampled is not None else inputs.keys()
+        cut = {n: a for n, a in inputs.items() if n in sampled and a.ndim}
         counts = {len(array) for array in cut.values()}
         if len(counts) > 1:
             raise TargetError(f"inputs have different numbers of samples: {sorted(counts)}")
@@ -51,7 +53,8 @@ class InPieces:
         def call() -> Arrays:
             made = [call() for call in calls]
             return {
-                name: _joined([part[name] for part in made], self.size, count) for name in made[0]
+                name: _joined(name, [part[name] for part in made], self.size, count)
+                for name in made[0]
             }
 
         return call
@@ -61,16 +64,36 @@ class InPieces:
         self.runner.close()
 
 
+def in_pieces(runner: Runner, shapes: Mapping[str, Sequence[int]]) -> Runner:
+    """Wrap a runner of fixed shapes; as it is where no input has an axis.
+
+    Args:
+        runner: Takes inputs of `shapes` only.
+        shapes: By input, in their order. The first axis of the first one that has axes is the
+            batch; inputs whose first axis has another size have no samples.
+    """
+    size = next((shape[0] for shape in shapes.values() if shape), 0)
+    if not size:
+        return runner
+    return InPieces(runner, size, frozenset(n for n, s in shapes.items() if s and s[0] == size))
+
+
 def _filled(piece: np.ndarray, size: int) -> np.ndarray:
     missing = size - len(piece)
     return np.concatenate([piece, np.repeat(piece[:1], missing, axis=0)]) if missing else piece
 
 
-def _joined(parts: list[np.ndarray], size: int, count: int) -> np.ndarray:
-    """Put the outputs of pieces together; one that has no samples is the same for all."""
-    if parts[0].ndim and len(parts[0]) == size:
+def _joined(name: str, parts: list[np.ndarray], size: int, count: int) -> np.ndarray:
+    """Put the outputs of pieces together; one that has no samples must be the same for all."""
+    first = parts[0]
+    if first.ndim and len(first) == size:
         return np.concatenate(parts)[:count]
-    return parts[0]
+    if not all(np.array_equal(first, part, equal_nan=first.dtype.kind == "f") for part in parts):
+        raise TargetError(
+            f"output {name!r} of shape {first.shape} has no axis of {size} samples, and differs "
+            f"between the pieces that {count} samples are run in; use batches of {size}"
+        )
+    return first
 
 
 def narrowed(example: Mapping[str, Any], size: int, free: Mapping[str, Mapping[int, str]]) -> Any:

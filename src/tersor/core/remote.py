@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 HandOver = Callable[[Any, Path, "Inputs"], Path]
 """Write a network into a folder so that another process can read it; return the file."""
+_LAST_S = 5.0
+"""Seconds in which a process that has closed its pipe ends."""
 _LEAST, _SHARE = 1 << 30, 0.8
 """This share of the free memory, but so many bytes at least."""
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -53,7 +55,8 @@ main(sys.argv[1:])
 
 def command(python: str | Path, *words: str) -> list[str]:
     """Return the command that starts this tersor's child program in another interpreter."""
-    return [str(python), "-c", _START, str(_PACKAGE), *words]
+    # -P: what lies in the current folder, beside a network for instance, is not imported
+    return [str(python), "-P", "-c", _START, str(_PACKAGE), *words]
 
 
 class ChildError(TargetError):
@@ -123,6 +126,11 @@ class Child:
             answer = receive(stdout)
         except (OSError, ValueError):
             answer = None
+        except TersorError:  # before anything was sent
+            raise
+        except BaseException:
+            self.close()  # an answer may be on its way, which the next question would take for its
+            raise
         if answer is None:
             raise ChildError(f"{self.name} {self._last_words()}")
         if "error" in answer.fields:
@@ -136,7 +144,13 @@ class Child:
         self._end()
 
     def _last_words(self) -> str:
-        code = self.process.wait()
+        if self.log.closed:
+            return "was ended before"
+        try:
+            code = self.process.wait(_LAST_S)
+        except subprocess.TimeoutExpired:  # it lives, but what it says is not an answer
+            self.process.kill()
+            code = self.process.wait()
         self.log.seek(0)
         lines = [x.strip() for x in self.log.read().decode(errors="replace").splitlines()]
         last = next((x for x in reversed(lines) if x), "")

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tersor.core.errors import TargetError
 from tersor.core.runtime import Arrays
 
 _MOST = 1 << 28
@@ -31,8 +32,15 @@ def send(stream: BinaryIO, message: Message) -> None:
     """Write a message and flush.
 
     Raises:
-        OSError: the other side is gone.
+        OSError: the other side is gone. TargetError: an array that cannot be sent; nothing was
+            written.
     """
+    for name, array in message.arrays.items():
+        # of a type that numpy does not know by itself, such as bfloat16, only bytes would arrive
+        if array.dtype.kind in "OV":
+            raise TargetError(
+                f"array {name!r} is of {array.dtype}, which another process cannot get"
+            )
     arrays = {name: np.ascontiguousarray(array) for name, array in message.arrays.items()}
     about = [
         {"name": name, "dtype": array.dtype.str, "shape": list(np.shape(message.arrays[name]))}

@@ -70,7 +70,9 @@ def interface(artifact: Artifact) -> Interface:
         made = dict(runner.bind(example)())
         shapes: dict[str, list[int | str]] = {name: [*a.shape] for name, a in made.items()}
         for word, size in usual.items():
-            changed = {**usual, word: size + 1 if word == _batch(inputs) else max(1, size - 1)}
+            # networks bound lengths from above; one of 1 can only grow
+            larger = word == _batch(inputs) or size == 1
+            changed = {**usual, word: size + 1 if larger else size - 1}
             for name, array in runner.bind(_draw(inputs, changed))().items():
                 for axis, found in enumerate(array.shape):
                     if found != made[name].shape[axis]:

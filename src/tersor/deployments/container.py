@@ -5,6 +5,7 @@ artifact was measured with, run.py and the model. The image has no torch and no 
 a user without rights. It is built by `docker build -f Containerfile` or `podman build`.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from tersor.deployments._model_files import copy_model
 
 _PROGRAM = Path(__file__).with_name("_container_run.py")
 _USER = 1000
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+!-]*")
+_PYTHON = re.compile(r"[0-9]+\.[0-9]+\.[0-9A-Za-z.+-]+")
 _TEXT = """\
 FROM {base}
 
@@ -50,11 +53,6 @@ class Container:
 def write(artifact: Artifact, folder: Path, options: Container) -> None:
     """Write the Containerfile and what it copies."""
     known = artifact.manifest.get("environment", {})
-    if artifact.target.device != "cpu":
-        raise TargetError(
-            f"the image has the runtime for the cpu, not for {artifact.target.device}; compress "
-            f"with --target {artifact.target.runtime}:cpu"
-        )
     if artifact.target.options.get("precision", "fp32") != "fp32":
         raise TargetError(
             f"run.py computes in fp32, not in {artifact.target.options['precision']}; deploy it "
@@ -75,7 +73,7 @@ def write(artifact: Artifact, folder: Path, options: Container) -> None:
 
 def _pin(package: str, known: Mapping[str, Any]) -> str:
     version = known.get("packages", {}).get(package)
-    if not version:
+    if not _VERSION.fullmatch(str(version)):  # it is written into requirements.txt
         raise ArtifactError(
             f"the artifact does not say which version of {package} it was measured with; compress "
             "the network again"
@@ -85,7 +83,7 @@ def _pin(package: str, known: Mapping[str, Any]) -> str:
 
 def _python(known: Mapping[str, Any]) -> str:
     words = str(known.get("python", "")).split()
-    if len(words) != 2 or words[1].count(".") < 2:
+    if len(words) != 2 or not _PYTHON.fullmatch(words[1]):
         raise ArtifactError(
             "the artifact does not say which Python it was measured with; give an image with "
             "--option base=NAME"

@@ -28,8 +28,9 @@ import numpy as np
 
 from tersor.core.errors import TargetError
 from tersor.core.model import Inputs
-from tersor.core.pieces import InPieces
+from tersor.core.pieces import in_pieces
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
+from tersor.core.sniffing import zip_problem
 
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """The first moment that a zip file can name: the same network gives the same bytes."""
@@ -84,6 +85,8 @@ def load(path: Path, target: Target) -> Runner:
         units = coremltools.ComputeUnit
         aside = tempfile.TemporaryDirectory(prefix="tersor-")
         try:
+            if problem := zip_problem(path):
+                raise ValueError(f"it {problem}")
             with zipfile.ZipFile(path) as zipped:
                 zipped.extractall(aside.name)
             model = coremltools.models.MLModel(
@@ -96,8 +99,7 @@ def load(path: Path, target: Target) -> Runner:
             raise TargetError(f"CoreML cannot load {path.name}: {_reason(error)}") from error
     shapes = {each.name: tuple(each.type.multiArrayType.shape) for each in description.input}
     runner = _Runner(model, aside, shapes)
-    sizes = [shape[0] for shape in shapes.values() if shape]
-    return InPieces(runner, int(sizes[0])) if sizes else runner
+    return in_pieces(runner, shapes)
 
 
 class _Runner:

@@ -52,6 +52,7 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
     from executorch.exir import to_edge_transform_and_lower
 
     from tersor.ops import signed_codes
+    from tersor.ops.exported_names import output_names
 
     own = sorted({str(n.target) for n in net.graph.nodes if str(n.target).startswith("tersor.")})
     if own:
@@ -59,7 +60,7 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
             f"ExecuTorch has no kernel for {', '.join(own)}; leave out the step that makes it, or "
             "choose a target of PyTorch, such as torch_export"
         )
-    outputs = _names_of_outputs(net)
+    outputs = output_names(net)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -106,15 +107,6 @@ def inputs(path: Path) -> Mapping[str, Signature]:
         )
         for name, each in signatures.items()
     }
-
-
-def _names_of_outputs(program: Any) -> list[str]:
-    """Return the keys of a mapping, else output, output_1 ..."""
-    spec = program.call_spec.out_spec
-    if spec is not None and spec.type is not None and issubclass(spec.type, dict):
-        return [str(key) for key in spec.context]
-    count = 1 if spec is None else spec.num_leaves
-    return _numbered("output", count)
 
 
 def _numbered(word: str, count: int) -> list[str]:

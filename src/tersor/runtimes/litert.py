@@ -22,7 +22,7 @@ import numpy as np
 from tersor.core.errors import TargetError
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs
-from tersor.core.pieces import InPieces
+from tersor.core.pieces import in_pieces
 from tersor.core.runtime import Arrays, Runner, Runtime, Signature, Target
 from tersor.core.sniffing import foreign
 
@@ -92,15 +92,12 @@ def inputs(path: Path) -> Mapping[str, Signature]:
 def _runner(path: Path, threads: int) -> Runner:
     runner = _Runner(_interpreter(path, threads))
     fixed = {
-        name: int(about["shape"][0])
+        name: [int(size) for size in about["shape"]]
         for name, about in runner.inputs.items()
         if len(about["shape"])
         and (not len(about["shape_signature"]) or about["shape_signature"][0] > 0)
     }
-    size = next(iter(fixed.values()), 0)
-    if not size:
-        return runner
-    return InPieces(runner, size, frozenset(n for n, count in fixed.items() if count == size))
+    return in_pieces(runner, fixed)
 
 
 def _interpreter(path: Path, threads: int) -> Any:

@@ -2,7 +2,7 @@
 
 What is exported is `model.onnx`; the engine is built when it is loaded, on the GPU that runs it,
 and never stored: a plan is native code, and fits one kind of GPU. What was timed for it is kept in
-`model.timing` beside the file, where that folder can be written, so that the next load is quick.
+the user's cache folder, where that can be written, so that the next load is quick.
 
 Types are as the network has them (strongly typed, the only way since TensorRT 11): `half` with fp16
 or bf16 turns all of them; integers come from `static: {symmetric: true}`, whose Q/DQ TensorRT
@@ -17,6 +17,7 @@ Not verified on hardware.
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core import files
 from tersor.core.errors import TargetError, suggest
 from tersor.core.model import Inputs
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
@@ -211,6 +213,8 @@ def _build(
 ) -> Any:
     import tensorrt
 
+    from tersor.ops import native
+
     logger = _logger()
     builder = tensorrt.Builder(logger)
     typed = 1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -232,7 +236,7 @@ def _build(
         for name, (least, usual, most) in shapes.items():
             profile.set_shape(name, least, usual, most)
         config.add_optimization_profile(profile)
-    timing = path.with_suffix(".timing")
+    timing = _timing_file(content)
     known = b""
     with contextlib.suppress(OSError):
         known = timing.read_bytes()
@@ -243,11 +247,20 @@ def _build(
     if plan is None:
         raise TargetError(f"TensorRT cannot build an engine for {path.name}: {logger.last}")
     with contextlib.suppress(OSError):
-        timing.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        timing.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_file(timing, bytes(memoryview(config.get_timing_cache().serialize())))
+        native.trim(timing.parent, "tensorrt-*.timing")
     engine = tensorrt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         raise TargetError(f"TensorRT cannot load its engine for {path.name}: {logger.last}")
     return engine
+
+
+def _timing_file(content: bytes) -> Path:
+    """Return where timings for a network are kept; never beside it: an artifact stays as it is."""
+    from tersor.ops import native
+
+    return native.cache_folder() / f"tensorrt-{hashlib.sha256(content).hexdigest()[:32]}.timing"
 
 
 def _logger() -> Any:

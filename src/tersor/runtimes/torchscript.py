@@ -95,8 +95,12 @@ def _check(net: Any, frozen: Any, inputs: Inputs) -> None:
                 "depends on the batch, or a branch; choose the runtime torch_export"
             ) from error
     for one, other in zip(wanted, found, strict=True):
-        scale = float(one.abs().max()) or 1.0
-        if one.shape != other.shape or float((one - other).abs().max()) > _TOLERANCE * scale:
+        finite = one[one.isfinite()].abs()
+        scale = float(finite.max()) if finite.numel() else 0.0
+        close = one.shape == other.shape and torch.allclose(
+            other, one, rtol=0, atol=_TOLERANCE * (scale or 1.0), equal_nan=True
+        )
+        if not close:
             raise TargetError(
                 f"the trace differs from the network on a batch of {samples}: a branch depends on "
                 "the data, or a size was frozen; choose the runtime torch_export"

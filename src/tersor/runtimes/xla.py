@@ -29,7 +29,7 @@ import numpy as np
 from tersor.core.errors import TargetError
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs
-from tersor.core.pieces import InPieces
+from tersor.core.pieces import in_pieces
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
 
 _THREADS = "NPROC"
@@ -126,8 +126,7 @@ def load(path: Path, target: Target) -> Runner:
         except Exception as error:
             raise TargetError(f"XLA cannot load {path.name}: {_reason(error)}") from error
     runner = _Runner(compiled, kept, inputs, device)
-    shapes = [each.shape for each in inputs.values() if each.shape]
-    return InPieces(runner, int(shapes[0][0])) if shapes else runner
+    return in_pieces(runner, {name: each.shape for name, each in inputs.items()})
 
 
 def _exported(

@@ -13,7 +13,9 @@ _OPSET = 18
 """The newest of tf2onnx."""
 _CALLS_OUT = re.compile(
     r".*(File|PyFunc|Dataset|Iterator|Reader|Library|Rpc|Grpc|Socket|Summary|HostCompute|Remote|"
-    r"CustomCall|InitializeTable|Worker|Server|TPU).*|Save(Slices|V2)?|MergeV2Checkpoints|Print(V2)?"
+    r"CustomCall|InitializeTable|Worker|Server|TPU|Debug|EncodeProto|DecodeProto|Collective).*|"
+    r"Save(Slices|V2)?|MergeV2Checkpoints|Print(V2)?|ImmutableConst|LoadAndRemapMatrix|"
+    r"GenerateVocabRemapping|Skipgram"
 )
 """Operators that touch files, run Python or talk to others."""
 _MOST_UNPACKED = 64
