@@ -161,7 +161,11 @@ def tuned(
     open_ones = list(found)
     while open_ones and time.monotonic() < end:
         urgent = max(open_ones, key=lambda operator: operator.urgency)
-        if not urgent.round(end):
+        try:
+            more = urgent.round(end)
+        except Exception as error:  # such as no schedule at all; the best so far stays
+            more, skipped[urgent.name] = False, str(error).strip()[-200:]
+        if not more:
             open_ones.remove(urgent)
     best = meta_schedule.database.MemoryDatabase()
     for operator in found:
