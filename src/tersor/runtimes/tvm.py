@@ -10,7 +10,9 @@ products and reductions. It neither tiles loops nor runs them in parallel, so ex
 The option `tune: SECONDS` searches better schedules: after so many seconds no further candidate is
 compiled and timed. The operators that take most of the network's time come first; what was not
 reached, or became no faster, keeps the default schedule. In the end the whole network runs in turns
-with both, and the faster one is written; `model.json` tells what was tried, and which one it is.
+with both, and the faster one is written (the default one where outputs differ); `model.json` tells
+what was tried, and which one it is. Compiling and this comparison come on top of the budget.
+
 Tune on an idle machine like the one that will run the network, with the `threads` it will have.
 Every export searches anew, and what it finds depends on what it measures.
 
@@ -85,7 +87,11 @@ def export(net: Any, folder: Path, inputs: Inputs, target: Target | None = None)
         )
         module = _imported(net)
         given = described(net.graph.input, net)
-        arrays = {e["name"]: np.asarray(inputs.example[e["name"]], e["dtype"]) for e in given}
+        arrays = {
+            each["name"]: np.asarray(inputs.example[each["name"]], each["dtype"])
+            for each in given
+            if seconds
+        }
         try:
             with machine_target:
                 module = relax.transform.DecomposeOpsForInference()(module)
