@@ -5,8 +5,16 @@ the processor of the exporting machine to a shared library, which Relax's virtua
 processor without the same instructions is refused. Linking needs a C compiler (`cc` or `g++`).
 
 TVM's own default schedule for processors is used: its fusions, and its rules for matrix-vector
-products and reductions. It neither tiles loops nor runs them in parallel, so expect it to be slow;
-schedules are not tuned.
+products and reductions. It neither tiles loops nor runs them in parallel, so expect it to be slow.
+
+The option `tune: SECONDS` searches better schedules: after so many seconds no further candidate is
+compiled and timed. The operators that take most of the network's time come first; what was not
+reached, or became no faster, keeps the default schedule. In the end the whole network runs in turns
+with both, and the faster one is written (the default one where outputs differ); `model.json` tells
+what was tried, and which one it is. Compiling and this comparison come on top of the budget.
+
+Tune on an idle machine like the one that will run the network, with the `threads` it will have.
+Every export searches anew, and what it finds depends on what it measures.
 
 A network of 8-bit integers computes what it is rounded to, but in float: its roundings become
 arithmetic, and TVM has no default schedule for the integer products that they would allow. Expect
@@ -17,8 +25,9 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +39,42 @@ from tersor.core.model import Inputs
 from tersor.core.pieces import InPieces
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
 
+_log = logging.getLogger("tersor")
 
-def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
+
+def budget(options: Mapping[str, Any]) -> float:
+    """Read the seconds of tuning; 0: the default schedule.
+
+    Raises:
+        TargetError: a value that cannot be.
+    """
+    given = options.get("tune", 0)
+    if (
+        not isinstance(given, (int, float))
+        or isinstance(given, bool)
+        or not math.isfinite(given)
+        or given < 0
+    ):
+        raise TargetError(f"tune must be the seconds to search schedules, from 0; got {given!r}")
+    return float(given)
+
+
+def export(net: Any, folder: Path, inputs: Inputs, target: Target | None = None) -> Sequence[Path]:
     """Compile `model.so`, and write beside it what a processor needs to run it.
 
     Args:
         net: ONNX with fixed shapes.
         folder: Where the files go.
         inputs: How to call it.
+        target: Its `tune`, and the threads to tune for.
 
     Raises:
         TargetError: an operator that TVM does not import or compile, or no C compiler.
     """
     from tersor.ops.onnx_plain import described
 
+    wanted = target or Target(runtime="tvm")
+    seconds = budget(wanted.options)
     size = next(iter(inputs.example.values())).shape[0] if inputs.example else 1
     with _quiet():
         import tvm
@@ -51,18 +82,23 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
 
         machine = probe()
         processor = tvm.target.codegen.llvm_get_system_cpu()
-        target = tvm.target.Target({"kind": "llvm", "mcpu": processor, "num-cores": usable_cores()})
+        machine_target = tvm.target.Target(
+            {"kind": "llvm", "mcpu": processor, "num-cores": wanted.threads or usable_cores()}
+        )
         module = _imported(net)
+        given = described(net.graph.input, net)
+        arrays = {
+            each["name"]: np.asarray(inputs.example[each["name"]], each["dtype"])
+            for each in given
+            if seconds
+        }
         try:
-            with target:
+            with machine_target:
                 module = relax.transform.DecomposeOpsForInference()(module)
                 module = relax.transform.CanonicalizeBindings()(module)
                 module = relax.transform.FoldConstant()(module)
                 module = relax.get_pipeline("zero")(module)
-                module = _scheduled(module)
-            compiled = tvm.compile(module, target)
-        except TargetError:
-            raise
+            compiled, tuning = _compiled(module, machine_target, seconds, wanted, arrays)
         except Exception as error:
             raise TargetError(f"TVM cannot compile the network: {_plain(error)}") from error
         library = folder / "model.so"
@@ -78,9 +114,11 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
         "instructions": list(machine.flags),
         "tvm": tvm.__version__,
         "batch": int(size),
-        "inputs": described(net.graph.input, net),
+        "inputs": given,
         "outputs": [each.name for each in net.graph.output],
     }
+    if tuning:
+        about["tuning"] = tuning
     notes = folder / "model.json"
     notes.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return [library, notes]
@@ -133,8 +171,56 @@ def _imported(net: Any) -> Any:
         raise TargetError(f"TVM cannot import the network: {_plain(error)}") from error
 
 
+def _compiled(
+    module: Any, machine: Any, seconds: float, wanted: Target, arrays: Arrays
+) -> tuple[Any, dict[str, Any]]:
+    """Compile a network in its default schedule, or in a tuned one if that is faster.
+
+    Args:
+        module: Relax, fused.
+        machine: TVM's target.
+        seconds: Of search.
+        wanted: Its threads.
+        arrays: Inputs to compare both with.
+
+    Returns:
+        What was compiled, and what tuning tried; nothing where there was none.
+    """
+    import tvm
+
+    from tersor.runtimes._tvm_tuning import compared, tuned
+
+    def built(part: Any) -> Any:
+        with machine:
+            return tvm.compile(_scheduled(part.clone()), machine)
+
+    default = built(module)
+    if not seconds:
+        return default, {}
+    _use(wanted.threads or usable_cores())
+    changed, about = tuned(module, machine, seconds, _scheduled)
+    if not about["improved"]:
+        _log.warning("tvm: no schedule faster than the default ones in %g s of tuning", seconds)
+        return default, {**about, "kept": "default"}
+    changed = built(changed)
+    about |= compared(default, changed, arrays)
+    _log.info(
+        "tvm: %d candidates in %.0f s; default schedule %.3f ms, tuned %.3f ms; kept: %s",
+        *(about[key] for key in ("candidates", "spent_seconds", "default_ms", "tuned_ms", "kept")),
+    )
+    return (changed if about["kept"] == "tuned" else default), about
+
+
+def _use(threads: int) -> None:
+    """Let TVM run in so many threads."""
+    import tvm
+
+    if tvm.get_global_func("runtime.NumThreads")() != threads:
+        tvm.get_global_func("runtime.config_threadpool")(1, threads)
+
+
 def _scheduled(module: Any) -> Any:
-    """Apply TVM's default rules for processors to what has no schedule yet."""
+    """Apply TVM's default rules for processors to what has no schedule yet; changes `module`."""
     from tvm.s_tir import dlight
 
     return dlight.ApplyDefaultSchedule(dlight.cpu.GEMV(), dlight.cpu.Reduction())(module)
@@ -157,13 +243,9 @@ class _Runner:
             tvm.runtime.tensor(np.ascontiguousarray(inputs[name], dtype=kind))
             for name, kind in self.inputs.items()
         ]
-        count, configure = (
-            tvm.get_global_func(f"runtime.{name}") for name in ("NumThreads", "config_threadpool")
-        )
 
         def call() -> Arrays:
-            if count() != self.threads:
-                configure(1, self.threads)
+            _use(self.threads)
             try:
                 made = run(*bound)
             except Exception as error:
@@ -198,6 +280,8 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     fixed_batch=True,
+    targeted=True,
+    options=("threads", "tune"),
     to_export=("tvm", "onnx", "onnxscript"),
     to_run=("tvm",),
 )
