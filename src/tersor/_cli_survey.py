@@ -38,6 +38,8 @@ def survey(
 
     for name in metrics:
         plugins.metric(name)
+    for name in runtimes:
+        plugins.runtime(name)
     if data is None:
         raise DataError(
             "every runtime runs the same samples; give --data, such as FILE.py:FUNCTION"
