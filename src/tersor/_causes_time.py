@@ -1,4 +1,4 @@
-"""Where the time of a run goes in vain: the runtime's profile, read beside the graph of the file."""
+"""Where the time of a run goes in vain: the runtime's profile, beside the graph of the file."""
 
 import re
 import time

@@ -15,7 +15,7 @@ from tersor.core import plugins
 from tersor.core.errors import TersorError
 from tersor.core.hardware import Machine, usable_cores
 from tersor.core.model import Inputs
-from tersor.core.runtime import Arrays, Target
+from tersor.core.runtime import Arrays, Runner, Target
 from tersor.core.statistics import Comparison
 
 Found = tuple[str, float, str]
@@ -24,6 +24,8 @@ _CHAIN = 64
 _WORTH = 0.1
 """Share of the time from which a layer is tried alone."""
 _LANES, _CHANNELS = (16, 8), 4
+_DEPTH = 4
+"""Convolutions in a row, when one is tried with other channels."""
 
 
 def tried_causes(
@@ -85,12 +87,13 @@ def race(
     budget_s: float,
 ) -> Comparison:
     """Time two files against each other."""
-    runners = []
+    runners: list[Runner] = []
     try:
         for path, target in ((a, a_target), (b, b_target)):
             runners.append(plugins.runtime(target.runtime).open(path, target))
+        one, other = runners
         return benchmark.contest(
-            *runners, a_feeds, b_inputs=b_feeds, budget_s=budget_s, warm_up_s=0.1
+            one, other, a_feeds, b_inputs=b_feeds, budget_s=budget_s, warm_up_s=0.1
         )
     finally:
         for runner in runners:
@@ -185,7 +188,9 @@ def _unpacked(
             [node], "lone", [], [onnx.ValueInfoProto(name=node.output[0])],
             [t for t in model.graph.initializer if t.name in node.input],
         )  # fmt: skip
-        made = ReferenceEvaluator(onnx.helper.make_model(lone, opset_imports=opsets)).run(None, {})
+        made: Any = ReferenceEvaluator(onnx.helper.make_model(lone, opset_imports=opsets)).run(
+            None, {}
+        )
         model.graph.initializer.append(numpy_helper.from_array(made[0], node.output[0]))
     del model.graph.node[:]
     model.graph.node.extend(kept)
@@ -236,27 +241,34 @@ def _padded(
     shape: tuple[int, ...],
     budget_s: float,
 ) -> Comparison:
-    """Time one convolution with its channels and with more."""
+    """Time a convolution with its channels and with more, a few of them in a row."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     files, feeds = [], []
     rng = np.random.default_rng(0)
+    keep = ("pads", "strides", "dilations", "kernel_shape", "auto_pad")
+    about = {k: v for k, v in op.attributes.items() if k in keep}
+    # alone, a layer would pay for reordering channels, which a network does once for many layers
+    length = _DEPTH if op.shapes[0][2:] == op.shapes[1][2:] else 1
     for made, given in ((shape[0], shape[1]), (padded[1], padded[0])):
-        weight = rng.standard_normal((made, given, *shape[2:])).astype(np.float32)
+        nodes, weights = [], []
+        for i in range(length):
+            pair = (made, given) if i % 2 == 0 else (given, made)
+            weight = rng.standard_normal((*pair, *shape[2:])) / math.sqrt(math.prod(shape[1:]))
+            weights.append(numpy_helper.from_array(weight.astype(np.float32), f"w{i}"))
+            nodes.append(helper.make_node("Conv", [f"x{i}", f"w{i}"], [f"x{i + 1}"], **about))
         size = [op.shapes[0][0], given, *op.shapes[0][2:]]
-        keep = ("pads", "strides", "dilations", "kernel_shape", "auto_pad")
-        about = {k: v for k, v in op.attributes.items() if k in keep}
         graph = helper.make_graph(
-            [helper.make_node("Conv", ["x", "w"], ["y"], **about)],
-            "conv",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, size)],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-            [numpy_helper.from_array(weight, "w")],
+            nodes,
+            "convolutions",
+            [helper.make_tensor_value_info("x0", TensorProto.FLOAT, size)],
+            [helper.make_tensor_value_info(f"x{length}", TensorProto.FLOAT, None)],
+            weights,
         )
         files.append(folder / f"conv{made}x{given}.onnx")
         opsets = [helper.make_opsetid("", 20)]
         onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), files[-1])
-        feeds.append([{"x": rng.standard_normal(size).astype(np.float32)}] * 16)
+        feeds.append([{"x0": rng.standard_normal(size).astype(np.float32)}] * 16)
     one = replace(target, options={"threads": 1})
     return race(files[0], one, feeds[0], files[1], one, feeds[1], budget_s)

@@ -46,7 +46,7 @@ class Advice:
 ADVICE: Mapping[str, Advice] = {
     "dense_kernels": Advice(
         meaning="kernels multiply by weights that are zero",
-        fix="cut whole channels instead: `- channels: {sparsity: 0.5}`; or run zeros as such where "
+        fix="cut whole channels instead: `- channels: {ratio: 0.5}`; or run zeros as such where "
         "that is faster: `- sparse_execution`",
     ),
     "stored_zeros": Advice(
@@ -66,8 +66,9 @@ ADVICE: Mapping[str, Advice] = {
         "applied to the float network",
     ),
     "float_layers": Advice(
-        meaning="layers stayed in float", fix="quantize these, too: `- static`, or `- dynamic` for "
-        "recurrent ones, without `layers: {exclude: ...}`; embeddings: `- weight_only`",
+        meaning="layers stayed in float",
+        fix="quantize these, too: `- static`, or `- dynamic` for "
+        "recurrent ones, with `layers` that exclude none; embeddings: `- weight_only`",
     ),
     "no_integer_kernel": Advice(
         meaning="the time goes to operators that have no integer kernel",
@@ -81,7 +82,7 @@ ADVICE: Mapping[str, Advice] = {
     ),
     "idle_lanes": Advice(
         meaning="channels do not fill the vectors of the fast kernels",
-        fix="cut channels to a multiple: `- channels: {multiple_of: 16}`",
+        fix="cut channels to a multiple: `- channels: {ratio: 0.5, multiple: 16}`",
     ),
     "memory_bound": Advice(
         meaning="reading weights takes the time, not arithmetic",
@@ -92,7 +93,7 @@ ADVICE: Mapping[str, Advice] = {
     ),
     "threads": Advice(
         meaning="more threads than cores, or than the work is worth",
-        fix="ask for fewer, as in `target: {options: {threads: 1}}`",
+        fix="ask for fewer, as in `--threads 1`",
     ),
     "casts": Advice(
         meaning="numbers are converted between types in each run",
@@ -114,7 +115,7 @@ ADVICE: Mapping[str, Advice] = {
     ),
     "not_optimized": Advice(
         meaning="the runtime may not optimize the graph",
-        fix="leave the option out, or `target: {options: {optimization: all}}`",
+        fix="leave the option `optimization` of the target out, or set it to `all`",
     ),
     "missing_instructions": Advice(
         meaning="the processor has no integer dot products",
@@ -146,7 +147,8 @@ class Cause:
 class Diagnosis:
     """Why a network is not faster, or not smaller."""
 
-    question: Question
+    question: str
+    """One of QUESTIONS."""
     causes: tuple[Cause, ...]
     """Largest share first."""
     name: str
@@ -163,7 +165,7 @@ def diagnose(
     after: Artifact | str | Path,
     before: Artifact | str | Path | None = None,
     *,
-    question: Question = "latency",
+    question: str = "latency",
     data: Data | None = None,
     target: Target | None = None,
     batch: int = 1,
@@ -215,6 +217,11 @@ def diagnose(
             *time_causes(profile, machine),
             *tried_causes(file, found.target, profile, feeds, larger, machine, budget_s / 2),
         ]
+    compared = None
+    if before is not None:
+        compared = _compared(
+            before, found, feeds, data=data, target=target, batch=batch, budget_s=budget_s
+        )
     return Diagnosis(
         question=question,
         causes=_ranked(causes),
@@ -222,7 +229,7 @@ def diagnose(
         target=found.target,
         batch=batch,
         threads=found.target.threads or usable_cores(),
-        comparison=None if before is None else _compared(before, found, feeds, target, budget_s),
+        comparison=compared,
     )
 
 
@@ -230,13 +237,24 @@ def _compared(
     before: Artifact | str | Path,
     after: Place,
     feeds: Sequence[Arrays],
+    *,
+    data: Data | None,
     target: Target | None,
+    batch: int,
     budget_s: float,
 ) -> Comparison:
     other = place(before, target=target, threads=after.target.threads)
-    own = fitting(other, feeds)
+    own = feeds
+    if data is None:  # a compression may have changed the sizes of inputs
+        own = _feeds(other, None, batch)
     return race(
-        other.files[0], other.target, own, after.files[0], after.target, feeds, budget_s
+        other.files[0],
+        other.target,
+        fitting(other, own),
+        after.files[0],
+        after.target,
+        feeds,
+        budget_s,
     )
 
 
