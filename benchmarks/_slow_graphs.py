@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 Array = np.ndarray
 
@@ -87,6 +87,8 @@ class Graph:
         )
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        told = shape_inference.infer_shapes(model).graph.output[0]
+        model.graph.output[0].CopyFrom(told)  # a valid file tells the rank of its output
         path.write_bytes(model.SerializeToString(deterministic=True))
         return path
 

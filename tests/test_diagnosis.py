@@ -20,11 +20,11 @@ from tersor.core.errors import RecipeError, TargetError
 from tersor.core.recipe import Recipe
 from tersor.core.runtime import Target
 from tersor.diagnosis import ADVICE, diagnose
-from tersor.ops.file_graph import FileGraph, read_graph
+from tersor.ops.file_graph import FileGraph, read_onnx
 from tests.command import ROOT, talk
 
 pytest.importorskip("onnxruntime")
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 QUICK = ("rounded_on_disk", "tied_on_disk", "embedding_on_disk")
 AT_LEAST = 18
 """Of the 20 cases, whose verified cause must come first."""
@@ -110,7 +110,7 @@ def test_a_repeated_weight_counts_once() -> None:
 
 def test_products_are_counted_as_by_hand(tmp_path: Path) -> None:
     _, after, _ = case("odd_channels").build(tmp_path)
-    graph = read_graph(after.file, {"x": np.zeros((2, 3, 16, 16), np.float32)})
+    graph = read_onnx(onnx.load(after.file), {"x": np.zeros((2, 3, 16, 16), np.float32)})
     counted = [op.macs for op in graph.operators if op.kind == "Conv"]
     assert counted == [2 * 256 * 57 * 9 * n for n in (3, 57, 57, 57, 57, 57)]
     assert graph.reuse(graph.operators[0]) == 2 * 256

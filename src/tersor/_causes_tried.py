@@ -115,9 +115,11 @@ def _threads(target: Target, contest: Callable[..., Comparison]) -> Iterator[Fou
     best: Found | None = None
     for threads in tried:
         c = contest(replace(target, options={**target.options, "threads": threads}))
-        if best is None or _saved(c) > best[1]:
+        # threads that have to wait for a core scatter so much that few contests are decided
+        saved = 1 - 1 / c.speedup if now > cores else _saved(c)
+        if best is None or saved > best[1]:
             said = f"{now} threads on {cores} usable cores; with {threads} {_told(c)}"
-            best = ("threads", _saved(c), said)
+            best = ("threads", saved, said)
     if best is not None:
         yield best
 
@@ -206,7 +208,8 @@ def _lanes(
 ) -> Iterator[Found]:
     """Run convolutions whose channels fill no vector alone, and padded to whole vectors."""
     lanes = _LANES[0] if "avx512f" in machine.flags else _LANES[1]
-    share, tried, said = 0.0, {}, ""
+    share, said = 0.0, ""
+    rates: dict[tuple[Any, ...], tuple[float, float]] = {}  # products a second; speed, to its own
     for each in profile.operators:
         op = profile.layer(each) if each.kind in ("Conv", "FusedConv") else None
         if op is None or op.groups != 1 or len(op.shapes) != 2 or len(op.shapes[0]) != 4:
@@ -220,15 +223,18 @@ def _lanes(
         )
         if alike < _WORTH * profile.total_ms:
             continue
-        if key not in tried:
+        if key not in rates:
             padded = [math.ceil(n / lanes) * lanes for n in sizes]
-            tried[key] = _padded(op, padded, target, folder, key[1], budget_s)
-            c = tried[key]
+            c = _padded(op, padded, target, folder, key[1], budget_s)
+            rates[key] = c.low * math.prod(padded) / math.prod(sizes), c.speedup
             said = (
                 f"convolutions of {sizes[0]} to {sizes[1]} channels, in vectors of {lanes}; such a "
-                f"layer of {padded[0]} to {padded[1]} is {c.speedup:.2f}x as fast"
+                f"layer of {padded[0]} to {padded[1]} is {c.speedup:.2f}x as fast, with "
+                f"{math.prod(padded) / math.prod(sizes):.2f}x the products"
             )
-        share += _saved(tried[key]) * each.ms / profile.total_ms
+        rate, speedup = rates[key]
+        # wider layers have a higher rate anyway: only one that takes less time for more counts
+        share += (1 - 1 / rate if speedup > 1 else 0) * each.ms / profile.total_ms
     if share:
         yield "idle_lanes", share, said
 

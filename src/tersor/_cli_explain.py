@@ -156,10 +156,10 @@ def _told_causes(found: "Diagnosis") -> str:
             paragraph(
                 f"{number}. {each.cause}: {each.meaning} ({100 * each.share:.0f} % of the {what}; "
                 f"without it at most {ratio_digits(each.at_most)}x)",
-                "   ",
+                "",
             ),
-            paragraph(f"   evidence: {each.evidence}", "   "),
-            paragraph(f"   to do: {each.fix}", "   "),
+            paragraph(f"evidence: {each.evidence}", "   "),
+            paragraph(f"to do: {each.fix}", "   "),
         ]
     return "\n".join(lines)
 

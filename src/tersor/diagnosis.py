@@ -23,7 +23,7 @@ from tersor.core.packing import unpacked
 from tersor.core.runtime import Arrays, Target
 from tersor.core.statistics import Comparison
 from tersor.feeds import timing_inputs
-from tersor.ops.file_graph import read_graph
+from tersor.ops.file_graph import FileGraph, read_onnx, read_openvino
 from tersor.subjects import Place, fitting, made_inputs, place
 
 Question = Literal["latency", "throughput", "size"]
@@ -210,7 +210,7 @@ def diagnose(
             larger = (_MORE, _feeds(found, data, batch * _MORE))
     machine = probe()
     with unpacked(found.files[0]) as file:
-        graph = read_graph(file, feeds[0])
+        graph = _graph(file, feeds[0])
         operators = runtime.profile(file, found.target, (list(feeds) * _RUNS)[:_RUNS])
         profile = Profile(operators=operators, graph=graph)
         causes = [
@@ -265,9 +265,23 @@ def _of_size(after: Artifact | str | Path, before: Artifact | str | Path | None)
     with unpacked(first) as file:
         if file.suffix not in (".onnx", ".xml", ".pt2"):
             raise ModelError(f"{file.name} cannot be looked into; give a .onnx, .xml or .pt2 file")
-        causes = size_causes(first, read_graph(file, None), bytes_each[-1])
+        if file.suffix == ".xml":
+            place(after)  # a child process reads it first
+        causes = size_causes(first, _graph(file, None), bytes_each[-1])
     name = str(after.path if isinstance(after, Artifact) else after)
     return Diagnosis(question="size", causes=_ranked(causes), name=name, size_bytes=bytes_each)
+
+
+def _graph(file: Path, inputs: Arrays | None) -> FileGraph:
+    """Look into a file, checked as any that a user gives."""
+    if file.suffix == ".onnx":
+        return read_onnx(plugins.source("onnx").load(str(file)).net, inputs)
+    if file.suffix == ".xml":
+        return read_openvino(file, inputs)
+    if file.suffix == ".pt2":
+        weights = plugins.source("exported").load(str(file)).net.state_dict
+        return FileGraph(constants={name: t.detach().numpy() for name, t in weights.items()})
+    return FileGraph()
 
 
 def _files(subject: Artifact | str | Path) -> tuple[Path, ...]:

@@ -72,32 +72,16 @@ class FileGraph:
         return each.macs / size if size else math.inf
 
 
-def read_graph(file: Path, inputs: Arrays | None) -> FileGraph:
-    """Read a `.onnx`, `.xml` or `.pt2` file.
+def read_onnx(model: Any, inputs: Arrays | None) -> FileGraph:
+    """Read an onnx.ModelProto.
 
     Args:
-        file: Where it is.
+        model: With its weights inside.
         inputs: A batch, which decides shapes and multiply-accumulates; None: constants are enough.
     """
-    if file.suffix == ".xml":
-        return _read_openvino(file, inputs)
-    if file.suffix == ".onnx":
-        return _read_onnx(file, inputs)
-    if file.suffix == ".pt2":
-        import torch
-
-        program = torch.export.load(file)
-        return FileGraph(
-            constants={name: t.detach().numpy() for name, t in program.state_dict.items()}
-        )
-    return FileGraph()
-
-
-def _read_onnx(file: Path, inputs: Arrays | None) -> FileGraph:
     import onnx
     from onnx import numpy_helper
 
-    model = onnx.load(file)
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
@@ -171,7 +155,8 @@ def _shapes(model: Any, inputs: Arrays) -> dict[str, tuple[int, ...]]:
     return {**shapes, **{name: np.shape(array) for name, array in inputs.items()}}
 
 
-def _read_openvino(file: Path, inputs: Arrays | None) -> FileGraph:
+def read_openvino(file: Path, inputs: Arrays | None) -> FileGraph:
+    """Read an `.xml` file, and the `.bin` beside it; `inputs` as in `read_onnx`."""
     import openvino
 
     model = openvino.Core().read_model(file)
