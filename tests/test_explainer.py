@@ -143,7 +143,17 @@ def test_the_verb_tells_and_writes_json(capsys: pytest.CaptureFixture[str]) -> N
     ("words", "message"),
     [
         (["tersor.demo.network:trained"], "explain runs the network; give --data"),
-        (["."], "'.' is a folder"),
+        (["."], "'.' is not an artifact"),
+        (
+            ["tersor.demo.network:trained", "--fusion", "--of", "size"],
+            "--fusion goes with a network",
+        ),
+        (["x.onnx", "--of", "sise"], "got 'sise'. Did you mean 'size'?"),
+        (["x.onnx", "--of", "size"], "'x.onnx' does not exist"),
+        (
+            ["a.onnx", "b.onnx", "--technique", "static"],
+            "--technique goes with a network in Python",
+        ),
         (
             ["tersor.demo.network:trained", "--data", "digits", "--technique", "statik"],
             "is neither static nor dynamic. Did you mean 'static'?",

@@ -1,4 +1,4 @@
-"""`tersor explain`: what 8-bit integers, or fusions, buy a network on a target, and why."""
+"""`tersor explain`: why a network is fast or small, or not; what integers or fusions buy it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
+    from tersor.diagnosis import Diagnosis
     from tersor.explainer import Explanation
     from tersor.fusions import Fusions, Step
 
 
 def explain(
     subject: str,
+    other: str | None,
     *,
+    question: str | None,
     data: str | None,
     target: str | None,
     technique: str | None,
@@ -32,9 +35,28 @@ def explain(
     from tersor.core.recipe import read_target
     from tersor.core.runtime import Target
 
+    if other is not None or question is not None or (_on_disk(subject) and not fusion):
+        for given, name in (
+            (technique, "--technique"),
+            (weights, "--weights"),
+            (fusion or None, "--fusion"),
+        ):
+            if given is not None:
+                raise RecipeError(f"{name} goes with a network in Python; {subject!r} is on disk")
+        return _diagnose(
+            subject,
+            other,
+            question=question,
+            data=data,
+            target=target,
+            batch=batch,
+            threads=threads,
+            budget_s=budget_s,
+            as_json=as_json,
+        )
     if Path(subject).is_dir():
         raise ModelError(
-            f"explain takes a network in Python, such as FILE.py:FACTORY; {subject!r} is a folder"
+            f"explain --fusion takes a network, such as FILE.py:FACTORY; {subject!r} is a folder"
         )
     if fusion and technique is not None:
         raise RecipeError("--fusion tries every fusion technique; leave --technique out")
@@ -68,6 +90,78 @@ def explain(
     else:
         show(_told(found))
     return 0
+
+
+def _on_disk(subject: str) -> bool:
+    path = Path(subject)
+    return path.is_dir() or path.suffix in (".onnx", ".xml", ".ort", ".packed")
+
+
+def _diagnose(
+    subject: str,
+    other: str | None,
+    *,
+    question: str | None,
+    data: str | None,
+    target: str | None,
+    batch: int,
+    threads: int | None,
+    budget_s: float,
+    as_json: bool,
+) -> int:
+    """Say why what is on disk is not faster, or not smaller."""
+    from tersor import pipeline
+    from tersor.core.recipe import read_target
+    from tersor.diagnosis import diagnose
+
+    before, after = (None, subject) if other is None else (subject, other)
+    found = diagnose(
+        after,
+        before,
+        question=question or "latency",
+        data=None if data is None else pipeline.load_data(data),
+        target=read_target(target),
+        batch=batch,
+        threads=threads,
+        budget_s=budget_s,
+    )
+    if as_json:
+        show_json({"subject": after, "before": before, "diagnosis": found})
+    else:
+        show(_told_causes(found))
+    return 0
+
+
+def _told_causes(found: "Diagnosis") -> str:
+    from tersor.core.report_words import human, ratio_digits
+
+    lines = []
+    if found.question == "size":
+        sizes = " -> ".join(human(size, "B") for size in found.size_bytes)
+        lines.append(f"{found.name}: {sizes}")
+    else:
+        lines.append(f"{found.target}, batch {found.batch}, threads {found.threads}")
+        if found.comparison is not None:
+            c = found.comparison
+            lines.append(
+                f"{colored(c.verdict)}, {ratio_digits(c.speedup)}x as fast as before "
+                f"({ratio_digits(c.low)} to {ratio_digits(c.high)})"
+            )
+    what = "bytes" if found.question == "size" else "time"
+    if not found.causes:
+        lines.append(f"nothing found that takes a good part of its {what} in vain")
+    for number, each in enumerate(found.causes, start=1):
+        lines += [
+            "",
+            paragraph(
+                f"{number}. {each.cause}: {each.meaning} ({100 * each.share:.0f} % of the {what}; "
+                f"without it at most {ratio_digits(each.at_most)}x)",
+                "",
+            ),
+            paragraph(f"evidence: {each.evidence}", "   "),
+            paragraph(f"to do: {each.fix}", "   "),
+        ]
+    return "\n".join(lines)
 
 
 def _told(found: "Explanation") -> str:

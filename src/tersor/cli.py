@@ -328,11 +328,17 @@ def compare(
 
 
 @app.command(
-    short_help="say why 8-bit integers make a network faster, or not",
+    short_help="say why a network is faster or smaller, or not",
     epilog=example("tersor explain tersor.demo.network:trained --data digits"),
 )
 def explain(
-    model: Model,
+    model: Annotated[str, argument("MODEL", "a network in Python, an artifact or a model file")],
+    after: Annotated[
+        str | None, argument("AFTER", "what a compression made of the artifact or file")
+    ] = None,
+    of: Annotated[
+        str | None, option("--of", "latency|throughput|size", "of an artifact or file: what for")
+    ] = None,
     data: Data = None,
     target: Target = None,
     technique: Annotated[
@@ -349,16 +355,19 @@ def explain(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say why 8-bit integers make a network faster on a target, or not.
+    """Say why a network is faster or smaller, or not. Nothing is written.
 
-    The network is quantized and runs in float and in integers under the runtime's profiler: where
-    the time goes, what gets faster, and what holds the rest back. Nothing is written.
+    A network in Python is quantized and runs in float and in integers under the runtime's profiler:
+    what gets faster, and what holds the rest back. Of an artifact or a model file, alone or after
+    the one it was made from, the causes are told that take time or bytes in vain, largest first.
     """
     from tersor import _cli_explain
 
     del debug
     code = _cli_explain.explain(
         model,
+        after,
+        question=of,
         data=data,
         target=target,
         technique=technique,
