@@ -5,7 +5,7 @@
 resnet20 in fp32 and with 8-bit weights and activations (`static`, calibrated on the calibration
 split), on the whole test split; MiniLM, whose sentences are those of examples/minilm.py. Runtimes
 that have an environment of their own run there: `tersor doctor --create all` makes them. Needs the
-shared workloads; MiniLM comes from a package in `.environments/pruning`, made on demand.
+shared workloads; MiniLM comes from a package in `.environments/minilm`, made on demand.
 Writes benchmarks/results/all_runtimes.json, a network at a time.
 """
 
@@ -85,13 +85,14 @@ def quantized(net: Any, inputs: Any, calibration: Any) -> Any:
     """Apply `fuse_batch_norm` and `static` as a recipe would."""
     from tersor.core.plugins import technique_of
     from tersor.core.recipe import Recipe
+    from tersor.ops.fake_quantize import settle
 
     recipe = Recipe.parse({"steps": ["fuse_batch_norm", "static"], "target": "onnxruntime:cpu"})
     with tempfile.TemporaryDirectory() as folder:
         given = context(inputs, Path(folder), calibration=calibration)
         for (config,) in recipe.stages:
             net = technique_of(config).apply(net, config, given)
-    return net
+    return settle(net).eval()
 
 
 def minilm() -> tuple[Any, Any, Any]:
@@ -101,10 +102,10 @@ def minilm() -> tuple[Any, Any, Any]:
     from tersor import pipeline
     from tersor.plan import make_inputs
 
-    make_environment("pruning")
+    make_environment("minilm")
     folder = ROOT / "build" / "all_runtimes"
     folder.mkdir(parents=True, exist_ok=True)
-    python = ROOT / ".environments" / "pruning" / "bin" / "python"
+    python = ROOT / ".environments" / "minilm" / "bin" / "python"
     words = [str(python), str(Path(__file__).resolve()), "--export-minilm", str(folder)]
     around = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     subprocess.run(words, check=True, env=around)

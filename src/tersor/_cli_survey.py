@@ -76,7 +76,9 @@ def survey(
         show_json({"survey": found, "environment": environment(), "warnings": warnings})
     else:
         show(_table(found))
-        show(paragraph(found.how, ""))
+        first = next((row.runtime for row in found.rows if row.status == "ran"), None)
+        if first is not None:
+            show(paragraph(f"speed is that of {first}; {found.how}; intervals: --json", ""))
         for text in warnings:
             tell(f"warning: {text}")
     return 0 if any(row.status == "ran" for row in found.rows) else 4

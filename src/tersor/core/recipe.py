@@ -10,7 +10,7 @@ training: {ema: 0.999}
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +251,9 @@ def read_target(text: str | None) -> Target | None:
         made = Target.parse(text)
     except ValueError as error:
         raise RecipeError(f"--target: {error}") from error
+    if ":" not in text and made.runtime in plugins.names("runtimes"):
+        devices = plugins.own_runtime(made.runtime).devices
+        made = made if made.device in devices else replace(made, device=devices[0])
     check_target(made)
     return made
 
