@@ -8,6 +8,7 @@ os.environ.setdefault(
 )  # before torch: runs repeat to the bit, in children too
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+# what tests compile is remembered as trusted elsewhere than in the user's own folder
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="tersor-tests-")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("TERSOR_SHARED", ROOT.parent / "shared")).resolve()
 

@@ -21,6 +21,7 @@ def inspect(
     weights: Path | None,
     partial: bool,
     verify: bool,
+    trust: bool,
     groups: bool,
     data: str | None,
     out: Path | None,
@@ -39,9 +40,15 @@ def inspect(
                 "--groups follows the channels of a network in Python, such as FILE.py:FACTORY; "
                 f"{subject!r} is a folder"
             )
+        if trust:
+            from tersor.core.artifact import Artifact
+
+            Artifact.open(subject).trust()
+            tell(f"compiled code in {subject} may run from now on")
         return _artifact(subject, verify, as_json)
-    if verify:
-        raise ModelError(f"--verify is for artifacts; {subject!r} is not a folder")
+    if verify or trust:
+        word = "--verify" if verify else "--trust"
+        raise ModelError(f"{word} is for artifacts; {subject!r} is not a folder")
     from tersor import pipeline
     from tersor._cli_tensors import of_net
 

@@ -86,6 +86,9 @@ def inspect(
     verify: Annotated[
         bool, option("--verify", None, "compare an artifact's files with their hashes")
     ] = False,
+    trust: Annotated[
+        bool, option("--trust", None, "let compiled code in an artifact run, whoever made it")
+    ] = False,
     groups: Annotated[
         bool, option("--groups", None, "list the channels that must be cut together")
     ] = False,
@@ -103,6 +106,7 @@ def inspect(
         weights=weights,
         partial=partial,
         verify=verify,
+        trust=trust,
         groups=groups,
         data=data,
         out=out,

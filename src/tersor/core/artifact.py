@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tersor.core import files as disk
-from tersor.core import plugins
+from tersor.core import plugins, trust
 from tersor.core.errors import ArtifactError
 from tersor.core.files import lock as lock
 from tersor.core.files import why
@@ -123,10 +123,17 @@ class Artifact:
             threads: Another number of threads; 0 means all usable cores.
 
         Raises:
-            ArtifactError: a file was altered. DependencyError: the runtime is not installed.
+            ArtifactError: a file was altered, or is compiled code that the user does not trust.
+            DependencyError: the runtime is not installed.
             TargetError: the runtime cannot load it, or has no such device.
         """
         self.verify(self.manifest["model"])
+        if plugins.own_runtime(self.target.runtime).runs_code and not trust.trusted(self._models):
+            raise ArtifactError(
+                f"artifact {str(self.path)!r} holds compiled code ({self.target.runtime}) that was "
+                "not made by you: loading it runs whatever it says. If you trust who made it: "
+                f"tersor inspect {self.path} --trust"
+            )
         target = self.target
         if device is not None:
             target = replace(target, device=device)
@@ -136,6 +143,20 @@ class Artifact:
         plugins.check_device(target)
         plugins.require("runtimes", target.runtime, runtime.to_run)
         return runtime.open(self.model_files[0], target)
+
+    def trust(self) -> None:
+        """Say that compiled code in it may be run from now on, whoever made it.
+
+        Raises:
+            ArtifactError: a file was altered.
+        """
+        self.verify(self.manifest["model"])
+        trust.remember(self._models)
+
+    @property
+    def _models(self) -> list[str]:
+        """Hashes of the files that the runtime loads."""
+        return [self.files[name] for name in self.manifest["model"]]
 
     def describe(self) -> dict[str, Any]:
         """Return as plain data what `tersor inspect` shows."""
@@ -209,7 +230,11 @@ def write_artifact(
             _write_beside(out, copied, written, plain)
     except OSError as error:
         raise _disk_error(out, error) from error
-    return Artifact.open(out)
+    made = Artifact.open(out)
+    name = made.target.runtime
+    if name in plugins.names("runtimes") and plugins.own_runtime(name).runs_code:
+        trust.remember(made.files[name] for name in [*made.manifest["model"], *inner])
+    return made
 
 
 def check_out(out: Path) -> None:

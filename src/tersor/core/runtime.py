@@ -123,6 +123,9 @@ class Runtime:
     native: bool = True
     """Whether `load` is native code that a damaged file could crash: what is no artifact is then
     tried in a child process first."""
+    runs_code: bool = False
+    """Whether its files are compiled code, which does whatever is in it: an artifact that was not
+    made by this user is then loaded only when they say that they trust it."""
     fixed_batch: bool = False
     """Whether an exported file takes batches of one size only: that of the inputs at export. Its
     runner takes other batches in pieces (`core/pieces.py`)."""

@@ -123,6 +123,7 @@ RUNTIME = Runtime(
     devices=("cpu", "cuda"),
     export=export,
     load=load,
+    runs_code=True,
     options=(
         "threads",
         "precision",

@@ -279,6 +279,7 @@ RUNTIME = Runtime(
     devices=("cpu",),
     export=export,
     load=load,
+    runs_code=True,
     fixed_batch=True,
     targeted=True,
     options=("threads", "tune"),
