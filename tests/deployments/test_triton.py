@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,28 @@ def test_a_configuration_is_what_the_published_schema_says(
         "torchscript": "INTRA_OP_THREAD_COUNT",
     }[runtime]
     assert parsed["parameters"][key]["string_value"] == "1"
+
+
+def test_openvino_is_told_its_options_and_a_precision_is_refused(
+    artifact_of: Callable[[str], Artifact],
+) -> None:
+    from tersor.deployments._triton_repository import Serving, _parameters
+
+    pytest.importorskip("openvino")
+    artifact = artifact_of("openvino")
+
+    def told(**options: object) -> dict[str, str]:
+        target = replace(artifact.target, options={**artifact.target.options, **options})
+        serving = Serving(name="net", backend="openvino", instances=1, max_batch=8, delay_us=0)
+        return _parameters(replace(artifact, target=target), serving)
+
+    assert told(hint="throughput", streams=2) == {
+        "INFERENCE_NUM_THREADS": "1",
+        "NUM_STREAMS": "2",
+        "PERFORMANCE_HINT": "THROUGHPUT",
+    }
+    with pytest.raises(TargetError, match="is not told to compute in bf16"):
+        told(precision="bf16")
 
 
 def test_a_repository_has_its_files_and_nothing_of_this_machine(

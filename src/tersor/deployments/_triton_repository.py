@@ -68,8 +68,16 @@ def _parameters(artifact: Artifact, serving: Serving) -> dict[str, str]:
     """Name the threads of one inference as the back end does."""
     threads = str(artifact.target.threads)
     if serving.backend == "openvino":
+        options = artifact.target.options
+        precision = options.get("precision", "fp32")
+        if precision != "fp32":
+            raise TargetError(
+                f"triton's OpenVINO back end is not told to compute in {precision}, as the "
+                "artifact was measured; deploy one in fp32 or int8"
+            )
         chosen = {"INFERENCE_NUM_THREADS": threads} if artifact.target.threads else {}
-        return {**chosen, "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
+        hint = str(options.get("hint", "latency")).upper()
+        return {**chosen, "NUM_STREAMS": str(options.get("streams", 1)), "PERFORMANCE_HINT": hint}
     if serving.backend == "pytorch":
         chosen = {"INTRA_OP_THREAD_COUNT": threads} if artifact.target.threads else {}
         return {**chosen, "INTER_OP_THREAD_COUNT": "1"}
