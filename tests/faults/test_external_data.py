@@ -1,4 +1,4 @@
-"""Faults 7 and 9-11: data outside an ONNX file that are not where they should be."""
+"""Faults 7-11: data outside an ONNX file that are not where they should be."""
 
 import os
 
@@ -10,7 +10,7 @@ from tersor.core.errors import ModelError
 from tersor.sources import onnx as source
 from tersor.sources._onnx_data import place_problem
 from tests.faults.test_model_files import refuse
-from tests.sources.onnx_models import adding, external, save
+from tests.sources.onnx_models import adding, array, external, save
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,26 @@ def test_7_external_data_outside(tmp_path, location):
     refuse(save(made, folder / "m.onnx"), "tensor 'w': external data location")
     assert place_problem(location)
     assert place_problem("weights/x.bin") == ""
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/tmp/evil", "C:\\evil", "\\\\host\\evil", "%2e%2e/evil", "a/../../evil"]
+)
+def test_8_names_of_tensors_are_never_names_of_files(tmp_path, runtime, name):
+    pytest.importorskip(runtime)
+    from tersor.core import plugins
+    from tersor.core.model import Inputs
+
+    place = tmp_path / "deep" / "model"
+    place.mkdir(parents=True)
+    made = source.load(save(adding(name, stored=[array(name, [1, 2, 3])]), tmp_path / "m.onnx"))
+    assert made.inputs is not None
+    files = plugins.runtime(runtime).export(made.net, place, Inputs(example=made.inputs.example))
+    assert all(file.parent == place for file in files)
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"m.onnx", *(f"deep/model/{file.name}" for file in files)}
+    assert not [p for p in tmp_path.parent.iterdir() if "evil" in p.name]
 
 
 def test_9_external_data_through_links(tmp_path):
