@@ -52,7 +52,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 ifeq ($(wildcard $(SHARED)/workloads),)
-	@echo 'skipped aa.py, agreement.py, clustered_int8.py, decomposition.py, deep_compression.py, distillation.py, explain_int8.py, fusion.py, mixed_precision.py, oneshot.py, pruning_coverage.py, pruning_peers.py, quantization_peers.py, repair.py, sparse.py and unstructured.py: they need the shared data (set TERSOR_SHARED)'
+	@echo 'skipped aa.py, agreement.py, all_runtimes.py, clustered_int8.py, decomposition.py, deep_compression.py, distillation.py, explain_int8.py, explain_slow.py, fusion.py, mixed_precision.py, oneshot.py, pruning_coverage.py, pruning_peers.py, quantization_peers.py, repair.py, slow_cases.py, sparse.py and unstructured.py: they need the shared data (set TERSOR_SHARED)'
 else
 	$(BIN)/python benchmarks/aa.py $(SHARED)/workloads/cifar.py:resnet20 --data $(SHARED)/workloads/cifar.py:data
 	$(BIN)/python benchmarks/quantization_peers.py
@@ -70,6 +70,9 @@ else
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/decomposition.py
 	$(BIN)/python benchmarks/fusion.py
+	$(BIN)/python benchmarks/slow_cases.py
+	$(BIN)/python benchmarks/explain_slow.py
+	$(BIN)/python benchmarks/all_runtimes.py
 endif
 
 clean:
