@@ -140,3 +140,26 @@ def test_what_is_written_without_decomposition(name: str) -> None:
     x = torch.randn(5, *shape[1:])
     (found,) = session.run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), call(x), rtol=1e-4, atol=1e-5)
+
+
+def test_free_sizes_become_those_of_the_example():
+    """What takes batches of one size only is given them, in whatever form a network came."""
+    net = networks.tiny_cnn().eval()
+    free = networks.inputs()
+    fixed = Inputs(example={name: tensor[:1] for name, tensor in free.example.items()})
+    (name,) = free.example
+    program = lower(net, "exported", free)
+    made = lower(program, "exported", fixed)
+    shapes = [tuple(n.meta["val"].shape) for n in made.graph.nodes if n.op == "placeholder"]
+    assert (1, 1, 8, 8) in shapes
+    with torch.no_grad():
+        wanted = net(fixed.example[name])
+        assert torch.allclose(made.module()(**fixed.example), wanted, atol=1e-6)
+    model = lower(net, "onnx", free)
+    sized = lower(model, "onnx", fixed)
+    dims = sized.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [1, 1, 8, 8]
+    assert [d.dim_value for d in sized.graph.output[0].type.tensor_type.shape.dim] == [1, 10]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # untouched
+    assert lower(sized, "onnx", fixed) is sized
+    assert lower(program, "exported", free) is program

@@ -50,7 +50,8 @@ def lower(net: Any, to: Form, inputs: Inputs) -> Any:
     Args:
         net: nn.Module in eval mode, ExportedProgram or onnx.ModelProto. Not modified.
         to: The form wanted.
-        inputs: How to call it; `dynamic` dimensions stay free.
+        inputs: How to call it; `dynamic` dimensions stay free. Where there are none, those that a
+            program or an ONNX model leaves free get the sizes of the example.
 
     Raises:
         ModelError: the way would be upwards, or the exporter cannot translate the network.
@@ -58,9 +59,13 @@ def lower(net: Any, to: Form, inputs: Inputs) -> Any:
     form = form_of(net)
     if not may_lower(form, to):
         raise ModelError(f"a network of form {form!r} cannot become {to!r} again")
-    if form == to or form == "onnx":
+    if form == "onnx":
+        return net if inputs.dynamic else _sized(net, inputs)
+    if form == to == "module":
         return net
     program = _exported(net, inputs) if form == "module" else net
+    if form == "exported" and not inputs.dynamic and _is_free(program):
+        program = _export(program.module(check_guards=False), inputs)
     if to == "exported":
         return program
     return _to_onnx(program, own=form == "module")
@@ -79,6 +84,47 @@ def _exported(net: nn.Module, inputs: Inputs) -> ExportedProgram:
         except ModelError:
             raise error from None
         return _export(captured, inputs)
+
+
+def _is_free(program: ExportedProgram) -> bool:
+    """Tell whether an input has a free dimension."""
+    wanted = set(program.graph_signature.user_inputs)
+    return any(
+        isinstance(size, torch.SymInt)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in wanted
+        for size in getattr(node.meta.get("val"), "shape", ())
+    )
+
+
+def _sized(model: Any, inputs: Inputs) -> Any:
+    """Return an ONNX model whose inputs have the sizes of the example; itself where they do."""
+    import onnx
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in inputs.example.items()}
+    free = any(
+        not dim.HasField("dim_value")
+        for port in model.graph.input
+        if port.name in shapes
+        for dim in port.type.tensor_type.shape.dim
+    )
+    if not free:
+        return model
+    made = type(model)()
+    made.CopyFrom(model)
+    # what was inferred for free sizes; every runtime infers it again
+    del made.graph.value_info[:]
+    for port in made.graph.input:
+        dims = port.type.tensor_type.shape.dim
+        for dim, size in zip(dims, shapes.get(port.name, ()), strict=False):
+            dim.dim_value = size
+    for port in made.graph.output:
+        for dim in port.type.tensor_type.shape.dim:
+            if not dim.HasField("dim_value"):
+                dim.Clear()
+    made = onnx.shape_inference.infer_shapes(made)  # of the outputs
+    del made.graph.value_info[:]
+    return made
 
 
 def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
