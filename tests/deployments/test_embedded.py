@@ -28,7 +28,13 @@ def built(artifact_of: Callable[[str], Artifact], tmp_path_factory: pytest.TempP
     place = Path(onnxruntime.__file__).parent / "capi"
     if not list(place.glob("libonnxruntime.so*")):
         pytest.skip("this onnxruntime brings no shared library")
-    words = ["make", "check", f"ORT={place}", "CFLAGS=-O2 -Wall -Wextra -Wpedantic -Werror"]
+    words = [
+        "make",
+        "--no-print-directory",
+        "check",
+        f"ORT={place}",
+        "CFLAGS=-O2 -Wall -Wextra -Wpedantic -Werror",
+    ]
     done = subprocess.run(words, cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("ok\n")
