@@ -40,7 +40,7 @@ def test_7_external_data_outside(tmp_path, location):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
-    "name", ["../evil", "/tmp/evil", "C:\\evil", "\\\\host\\evil", "%2e%2e/evil", "a/../../evil"]
+    "name", ["../evil", "/evil", "C:\\evil", "\\\\host\\evil", "%2e%2e/evil", "a/../../evil"]
 )
 def test_8_names_of_tensors_are_never_names_of_files(tmp_path, runtime, name):
     pytest.importorskip(runtime)
