@@ -78,7 +78,7 @@ def surveyed(name: str, asked: argparse.Namespace) -> dict[str, Any]:
         threads=asked.threads,
         display=told,
     )
-    return {**to_plain(found), "warnings": list(preflight(probe()))}
+    return {**to_plain(found), "subject": name, "warnings": list(preflight(probe()))}
 
 
 def quantized(net: Any, inputs: Any, calibration: Any) -> Any:
