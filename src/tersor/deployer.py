@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ RECORD = "deployment.json"
 """Says what is in the folder, and that we wrote it."""
 SCHEMA = 1
 _WAIT_S = 30.0
-_log = logging.getLogger("tersor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ def deploy(
     }
     try:
         with disk.lock(place, wait_s=_WAIT_S):
-            _clear_left(place)
+            disk.clear_left(place, RECORD)
             _check_out(place)
             names = _write(place, lambda folder: found.write(opened, folder, settings), about)
     except OSError as error:
@@ -136,9 +134,7 @@ def _check_out(place: Path) -> None:
 
 def _write(place: Path, fill: Callable[[Path], None], about: Mapping[str, Any]) -> tuple[str, ...]:
     """Write everything to OUT.tmp-..., then let the two change names."""
-    beside = disk.beside_name(place, "tmp")
-    try:
-        disk.make_dir(beside)
+    with disk.written_beside(place) as beside:
         fill(beside)
         names = _files(beside)
         for name in names:
@@ -157,17 +153,8 @@ def _write(place: Path, fill: Callable[[Path], None], about: Mapping[str, Any]) 
         }
         text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         disk.write_file(beside / RECORD, text.encode("utf-8"))
-        for folder in (*(p for p in beside.rglob("*") if p.is_dir()), beside):
+        for folder in (p for p in beside.rglob("*") if p.is_dir()):
             disk.sync_dir(folder)
-        beside = disk.put_in_place(beside, place)
-    except BaseException:
-        _discard(beside)
-        raise
-    try:
-        disk.sync_dir(place.parent)
-    except OSError as error:
-        _log.warning("%s is written, but may not survive a power cut: %s", place, why(error))
-    _discard(beside)
     return names
 
 
@@ -180,21 +167,3 @@ def _files(folder: Path) -> tuple[str, ...]:
 def _sync(file: Path) -> None:
     with file.open("rb") as stream:
         disk.sync(stream.fileno())
-
-
-def _discard(path: Path) -> None:
-    """Remove a folder of ours; what cannot be removed now is cleared by the next call."""
-    if path.exists():
-        try:
-            disk.remove_tree(path)
-        except OSError as error:
-            _log.warning("%s could not be removed: %s", path, error)
-
-
-def _clear_left(place: Path) -> None:
-    """Put back what was moved aside, and remove what calls that died have left."""
-    for old in disk.left_beside(place, "old"):
-        if not place.exists() and (old / RECORD).exists():
-            disk.rename(old, place)
-    for stale in (*disk.left_beside(place, "tmp"), *disk.left_beside(place, "old")):
-        _discard(stale)

@@ -13,7 +13,6 @@ the two directories change names. A directory without a manifest that verifies i
 import contextlib
 import errno
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from tersor.core.schema import Mistakes, from_plain, to_plain
 
 _WAIT_S = 30.0
 _RETRIES = 20
-_log = logging.getLogger("tersor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,9 +270,7 @@ def _write_beside(
     out: Path, files: Mapping[str, Path], texts: Mapping[str, str], manifest: dict[str, Any]
 ) -> None:
     """Write everything to OUT.tmp-..., then let the two change names."""
-    beside = disk.beside_name(out, "tmp")
-    try:
-        disk.make_dir(beside)
+    with disk.written_beside(out) as beside:
         folders = {name.partition("/")[0] for name in files if "/" in name}
         for name in sorted(folders):
             disk.make_dir(beside / name)
@@ -290,35 +286,11 @@ def _write_beside(
         disk.write_file(beside / MANIFEST, _json(manifest).encode("utf-8"))
         for name in sorted(folders):
             disk.sync_dir(beside / name)
-        disk.sync_dir(beside)
-        beside = disk.put_in_place(beside, out)
-    except BaseException:
-        _discard(beside)
-        raise
-    try:
-        disk.sync_dir(out.parent)
-    except OSError as error:
-        _log.warning("%s is written, but may not survive a power cut: %s", out, why(error))
-    _discard(beside)
-
-
-def _discard(path: Path) -> None:
-    """Remove a directory of ours; what cannot be removed now is cleared by the next writer."""
-    if path.exists():
-        try:
-            disk.remove_tree(path)
-        except OSError as error:
-            _log.warning("%s could not be removed: %s", path, error)
 
 
 def clear_left(out: Path) -> None:
     """Under the lock: put back an artifact that was moved aside, remove what dead writers left."""
-    for old in disk.left_beside(out, "old"):
-        if not out.exists() and (old / MANIFEST).exists():
-            disk.rename(old, out)
-            disk.sync_dir(out.parent)
-    for stale in (*disk.left_beside(out, "tmp"), *disk.left_beside(out, "old")):
-        _discard(stale)
+    disk.clear_left(out, MANIFEST)
 
 
 def _identity(folder: Path) -> int | None:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tersor.core.errors import ArtifactError
+
+_log = logging.getLogger("tersor")
 
 if sys.platform != "win32":
     import fcntl
@@ -133,7 +136,45 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_dir(path.parent)
 
 
-def put_in_place(beside: Path, place: Path) -> Path:
+@contextlib.contextmanager
+def written_beside(place: Path) -> Iterator[Path]:
+    """Give a folder beside `place` to be filled, and let it take that place at the end.
+
+    What is filled in is on the disk by then where the caller has synced its files and folders. If
+    anything fails, `place` is as it was.
+    """
+    beside = beside_name(place, "tmp")
+    try:
+        make_dir(beside)
+        yield beside
+        sync_dir(beside)
+        beside = _put_in_place(beside, place)
+    except BaseException:
+        _discard(beside)
+        raise
+    try:
+        sync_dir(place.parent)
+    except OSError as error:
+        _log.warning("%s is written, but may not survive a power cut: %s", place, why(error))
+    _discard(beside)
+
+
+def clear_left(place: Path, record: str) -> None:
+    """Under the lock: put back what was moved aside, and remove what writers that died have left.
+
+    Args:
+        place: The folder.
+        record: The file in it that is written last.
+    """
+    for old in left_beside(place, "old"):
+        if not place.exists() and (old / record).exists():
+            rename(old, place)
+            sync_dir(place.parent)
+    for stale in (*left_beside(place, "tmp"), *left_beside(place, "old")):
+        _discard(stale)
+
+
+def _put_in_place(beside: Path, place: Path) -> Path:
     """Give a finished folder its name; return the folder that is to be removed, if it is there.
 
     Where a folder has that name already, the two change names. Where the system cannot do that at
@@ -151,6 +192,15 @@ def put_in_place(beside: Path, place: Path) -> Path:
             raise
         return old
     return beside
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder of ours; what cannot be removed now is cleared by the next writer."""
+    if path.exists():
+        try:
+            remove_tree(path)
+        except OSError as error:
+            _log.warning("%s could not be removed: %s", path, error)
 
 
 def remove_tree(path: Path) -> None:
