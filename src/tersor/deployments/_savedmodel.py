@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core.errors import TargetError, named_lines
+
 
 def main(folder: Path) -> None:
     """Do what is asked."""
@@ -21,9 +23,8 @@ def main(folder: Path) -> None:
     try:
         made = _save(folder)
     except Exception as error:
-        lines = [x.strip() for x in str(error).splitlines() if x.strip()] or ["no reason given"]
-        text = json.dumps({"refused": f"{type(error).__name__}: {lines[0][:300]}"})
-        (folder / "answer.json").write_text(text, encoding="utf-8")
+        reason = str(error) if isinstance(error, TargetError) else named_lines(error)
+        (folder / "answer.json").write_text(json.dumps({"refused": reason}), encoding="utf-8")
     else:
         np.savez(folder / "answer.npz", **made)
 
@@ -71,12 +72,12 @@ def _compute(model: Any, given: Mapping[str, Any], outputs: list[str]) -> dict[s
             values[node.output[0]] = _constant(attributes)
             continue
         if node.op_type not in OPERATORS or node.domain not in ("", "ai.onnx"):
-            raise NotImplementedError(f"operator {node.op_type} ({node.output[0]})")
+            raise TargetError(f"TensorFlow has no operator {node.op_type} ({node.output[0]})")
         try:
             made = OPERATORS[node.op_type]([values[name] for name in node.input], attributes)
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"operator {node.op_type} ({node.output[0]}) with {error}"
+        except TargetError as error:
+            raise TargetError(
+                f"TensorFlow has no operator {node.op_type} ({node.output[0]}) with {error}"
             ) from error
         except Exception as error:
             raise ValueError(f"operator {node.op_type} ({node.output[0]}): {error}") from error

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import tensorflow as tf
 
+from tersor.core.errors import TargetError
 from tersor.deployments._tensorflow_recurrent import gru, lstm
 
 Values = Sequence[Any]
@@ -32,7 +33,7 @@ def known(values: Values, place: int, what: str) -> list[int]:
     """Return an input that must not depend on the data, as whole numbers."""
     found = constant(values[place])
     if found is None:
-        raise NotImplementedError(f"{what} that is computed from the data")
+        raise TargetError(f"{what} that is computed from the data")
     return [int(x) for x in np.atleast_1d(found)]
 
 
@@ -124,7 +125,7 @@ def _matmul(values: Values, attributes: Attributes) -> Any:
 
 def _padding(attributes: Attributes, rank: int) -> list[list[int]]:
     if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise NotImplementedError(f"auto_pad {attributes['auto_pad']!r}")
+        raise TargetError(f"auto_pad {attributes['auto_pad']!r}")
     pads = attributes.get("pads", [0] * 2 * rank)
     return [[0, 0], *([pads[i], pads[i + rank]] for i in range(rank)), [0, 0]]
 
@@ -167,7 +168,7 @@ def _pool(kind: str) -> Operator:
         x = _last(tf.convert_to_tensor(values[0]))
         rank = x.shape.rank - 2
         if attributes.get("ceil_mode"):
-            raise NotImplementedError("ceil_mode")
+            raise TargetError("ceil_mode")
         how = {
             "strides": attributes.get("strides", [1] * rank),
             "dilations": attributes.get("dilations", [1] * rank),
@@ -221,7 +222,7 @@ def _pad(values: Values, attributes: Attributes) -> Any:
         cut = [slice(max(0, -a), None if b >= 0 else b) for a, b in ends]
         return tf.pad(x[tuple(cut)], np.maximum(ends, 0), constant_values=value)
     if mode != "reflect":
-        raise NotImplementedError(f"mode {mode!r}")
+        raise TargetError(f"mode {mode!r}")
     return tf.pad(x, ends, "REFLECT")
 
 
@@ -312,7 +313,7 @@ def _shape(values: Values, attributes: Attributes) -> Any:
 
 def _trilu(values: Values, attributes: Attributes) -> Any:
     if len(values) > 1 and known(values, 1, "diagonal") != [0]:
-        raise NotImplementedError("a diagonal other than the main one")
+        raise TargetError("a diagonal other than the main one")
     x = tf.convert_to_tensor(values[0])
     keep = (0, -1) if attributes.get("upper", 1) else (-1, 0)
     if x.dtype == tf.bool:
@@ -327,7 +328,7 @@ def _resize(values: Values, attributes: Attributes) -> Any:
         attributes.get("coordinate_transformation_mode", "half_pixel"),
     )
     if x.shape.rank != 4 or None in x.shape[2:].as_list():
-        raise NotImplementedError("resizing other than of images of a fixed size")
+        raise TargetError("resizing other than of images of a fixed size")
     sizes = len(values) > 3 and values[3] is not None
     scales = None if sizes else constant(values[2])
     old = x.shape[2:].as_list()
@@ -343,7 +344,7 @@ def _resize(values: Values, attributes: Attributes) -> Any:
         return x
     if mode == "linear" and place in ("half_pixel", "pytorch_half_pixel") and min(new) > 1:
         return _first(tf.image.resize(_last(x), new, "bilinear"))
-    raise NotImplementedError(f"mode {mode!r} with {place!r} from {old} to {new}")
+    raise TargetError(f"mode {mode!r} with {place!r} from {old} to {new}")
 
 
 def _placed(scale: Any, x: Any, attributes: Attributes) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tersor.core.errors import TargetError
+
 _DEFAULTS: Mapping[str, Sequence[Any]] = {
     "LSTM": ("Sigmoid", "Tanh", "Tanh"),
     "GRU": ("Sigmoid", "Tanh"),
@@ -98,13 +100,13 @@ def _check(
     names = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
     for place in range(len(values)):
         if values[place] is not None and place not in given:
-            raise NotImplementedError(f"input {names[place]}")
+            raise TargetError(f"input {names[place]}")
     for name in ("clip", "layout", "input_forget"):
         if attributes.get(name):
-            raise NotImplementedError(f"attribute {name}")
+            raise TargetError(f"attribute {name}")
     activations = [
         x.decode() if isinstance(x, bytes) else x for x in attributes.get("activations", [])
     ]
     usual = list(_DEFAULTS[word])
     if activations and activations not in (usual, usual * 2):
-        raise NotImplementedError(f"activations {', '.join(activations)}")
+        raise TargetError(f"activations {', '.join(activations)}")
