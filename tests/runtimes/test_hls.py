@@ -193,3 +193,8 @@ def test_options_are_read() -> None:
     assert hls.settings(given) == replace(
         hls.Settings(), part="xc7z020clg400-1", clock_ns=4, reuse_factor=8, bits=(16, 6)
     )
+
+
+def test_more_threads_than_it_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="the emulation runs on one thread, not on 2"):
+        hls.load(tmp_path / "model.onnx", Target(runtime="hls", options={"threads": 2}))

@@ -82,3 +82,23 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def first_lines(error: BaseException, count: int = 1) -> str:
+    """Return the first lines of a foreign error that say something, cut to what a message holds."""
+    return " ".join(_lines(error)[:count])[:300]
+
+
+def named_lines(error: BaseException, count: int = 1) -> str:
+    """Return the first lines of a foreign error after the name of its class."""
+    return f"{type(error).__name__}: {first_lines(error, count)}"
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of a foreign error, for libraries that say there what is wrong."""
+    return _lines(error)[-1][:300]
+
+
+def _lines(error: BaseException) -> list[str]:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines or [type(error).__name__]

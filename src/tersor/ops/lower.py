@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from tersor.core.errors import ModelError
+from tersor.core.errors import ModelError, named_lines
 from tersor.core.model import Inputs, may_lower
 from tersor.core.runtime import Form
 from tersor.ops.capture import capture
@@ -142,7 +142,7 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
             program = _traced(net, inputs, bounds)
     except Exception as error:
         raise ModelError(
-            f"{type(net).__name__} cannot be exported by torch.export: {_first_lines(error)}"
+            f"{type(net).__name__} cannot be exported by torch.export: {named_lines(error, 2)}"
         ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -201,7 +201,9 @@ def _to_onnx(program: ExportedProgram, *, own: bool) -> Any:
         assert made is not None
         model = made.model_proto
     except Exception as error:
-        raise ModelError(f"the network cannot be written as ONNX: {_first_lines(error)}") from error
+        raise ModelError(
+            f"the network cannot be written as ONNX: {named_lines(error, 2)}"
+        ) from error
     _strip(model)
     return finish(model)
 
@@ -250,8 +252,3 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: " + " ".join(lines[:2])[:400]

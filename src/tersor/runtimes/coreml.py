@@ -79,6 +79,8 @@ def load(path: Path, target: Target) -> Runner:
             "CoreML models run on macOS only. This network can be exported here, not run or "
             "measured; copy the file there and measure it with tersor, or open it in Xcode"
         )
+    if target.threads:
+        raise TargetError("CoreML chooses its threads by itself; leave threads out")
     with _quiet():
         import coremltools
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import DependencyError, TargetError
+from tersor.core.errors import DependencyError, TargetError, named_lines
 from tersor.core.model import Inputs
 from tersor.core.runtime import Arrays, Runner, Runtime, Target
 
@@ -99,6 +99,10 @@ def load(path: Path, target: Target) -> Runner:
     import onnx
 
     wanted = settings(target.options)
+    if target.threads > 1:
+        raise TargetError(
+            f"the emulation runs on one thread, not on {target.threads}; leave threads out"
+        )
     if shutil.which("g++") is None:
         raise DependencyError(
             "runtime 'hls' emulates with the compiler g++, which is not there. Install it with "
@@ -108,7 +112,7 @@ def load(path: Path, target: Target) -> Runner:
     try:
         net = onnx.load(path)
     except Exception as error:
-        raise TargetError(f"{path.name} is no ONNX file: {_plain(error)}") from error
+        raise TargetError(f"{path.name} is no ONNX file: {named_lines(error)}") from error
     with tempfile.TemporaryDirectory(prefix="tersor-") as place:
         graph, network = _graph(net, Path(place), wanted)
         _quietly(graph.compile)
@@ -130,7 +134,7 @@ def _check_project(archive: Path, wanted: Settings) -> None:
         with zipfile.ZipFile(archive) as packed:
             written = json.loads(packed.read(_SETTINGS))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TargetError(f"{archive.name} is damaged: {_plain(error)}") from error
+        raise TargetError(f"{archive.name} is damaged: {named_lines(error)}") from error
     if written != json.loads(_settled(wanted)):
         raise TargetError(
             f"{archive.name} was written for {written}, not for {asdict(wanted)}; export it again "
@@ -184,7 +188,9 @@ def _quietly(do: Callable[[], Any]) -> Any:
     except Exception as error:
         last = [line.strip() for line in said.getvalue().splitlines() if "error" in line]
         reason = f": {last[0][:300]}" if last else ""
-        raise TargetError(f"hls4ml cannot build the network: {_plain(error)}{reason}") from error
+        raise TargetError(
+            f"hls4ml cannot build the network: {named_lines(error)}{reason}"
+        ) from error
 
 
 def _pack(place: Path, archive: Path, stamp: str) -> None:
@@ -239,11 +245,6 @@ def _first(flat: np.ndarray, count: int, shape: tuple[int, ...]) -> np.ndarray:
     """Shape an output, and put its channels first."""
     array = flat.reshape(count, *shape[1:], shape[0]).astype(np.float32)
     return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if len(shape) > 1 else array
-
-
-def _plain(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 RUNTIME = Runtime(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import ModelError, TargetError, suggest
+from tersor.core.errors import ModelError, TargetError, last_line, suggest
 from tersor.core.hardware import probe, usable_cores
 from tersor.core.model import Inputs
 from tersor.core.runtime import (
@@ -89,7 +89,7 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
         try:
             model = openvino.convert_model(source)
         except Exception as error:
-            raise TargetError(f"OpenVINO cannot read the network: {_plain(error)}") from error
+            raise TargetError(f"OpenVINO cannot read the network: {last_line(error)}") from error
         file = folder / "model.xml"
         openvino.save_model(model, file, compress_to_fp16=False)
     return [file, file.with_suffix(".bin")]
@@ -111,7 +111,7 @@ def inputs(path: Path) -> Mapping[str, Signature]:
     try:
         model = openvino.Core().read_model(path)
     except Exception as error:
-        raise ModelError(f"OpenVINO cannot read {path.name}: {_plain(error)}") from error
+        raise ModelError(f"OpenVINO cannot read {path.name}: {last_line(error)}") from error
     return {
         port.get_any_name(): Signature(
             shape=tuple(
@@ -171,7 +171,7 @@ def _compiled(path: Path, target: Target, counting: bool = False) -> Any:
     try:
         return core.compile_model(str(path), "CPU", told)
     except Exception as error:
-        raise TargetError(f"OpenVINO cannot load {path.name}: {_plain(error)}") from error
+        raise TargetError(f"OpenVINO cannot load {path.name}: {last_line(error)}") from error
 
 
 class _Runner:
@@ -210,7 +210,7 @@ class _Runner:
                     for request in requests:
                         request.wait()
             except Exception as error:
-                raise TargetError(f"OpenVINO failed while running: {_plain(error)}") from error
+                raise TargetError(f"OpenVINO failed while running: {last_line(error)}") from error
             made = {n: [np.array(r.get_tensor(n).data) for r in requests] for n in self.outputs}
             return {n: p[0] if len(p) == 1 else np.concatenate(p) for n, p in made.items()}
 
@@ -222,11 +222,6 @@ class _Runner:
 
 def _has_free_batch(shape: Any) -> bool:
     return shape.rank.is_static and len(shape) > 0 and shape[0].is_dynamic
-
-
-def _plain(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
 
 
 RUNTIME = Runtime(

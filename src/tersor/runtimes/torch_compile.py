@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import DependencyError, TargetError
+from tersor.core.errors import DependencyError, TargetError, first_lines
 from tersor.core.model import Inputs
 from tersor.core.pieces import narrowed
 from tersor.core.runtime import Runner, Runtime, Target
@@ -109,7 +109,9 @@ def _compile(
         except InvalidCxxCompiler as error:
             raise DependencyError(f"{compiler} does not work as a C++ compiler") from error
         except Exception as error:
-            raise TargetError(f"Inductor cannot compile the network: {_plain(error)}") from error
+            raise TargetError(
+                f"Inductor cannot compile the network: {first_lines(error)}"
+            ) from error
     done = Counter(counters["inductor"]) - before
     return {kind: sum(done[word] for word in words) for kind, words in _INTEGER.items()}
 
@@ -157,18 +159,13 @@ def load(path: Path, target: Target) -> Runner:
         with native_code.quiet():
             compiled = aoti_load_package(str(path))
     except Exception as error:
-        raise TargetError(f"torch cannot load {path.name}: {_plain(error)}") from error
+        raise TargetError(f"torch cannot load {path.name}: {first_lines(error)}") from error
 
     class Compiled(nn.Module):
         def forward(self, **inputs: Any) -> Any:
             return compiled(**inputs)
 
     return torch_runner.TorchRunner(Compiled(), names, target)
-
-
-def _plain(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 RUNTIME = Runtime(

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import TargetError, last_line
 from tersor.core.model import Inputs
 from tersor.core.pieces import narrowed
 from tersor.core.runtime import Runner, Runtime, Target
@@ -38,7 +38,7 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
             )
             frozen = torch.jit.freeze(traced.eval())  # type: ignore[no-untyped-call]  # as above
     except Exception as error:
-        raise TargetError(f"TorchScript cannot trace the network: {_plain(error)}") from error
+        raise TargetError(f"TorchScript cannot trace the network: {last_line(error)}") from error
     _check(net, frozen, inputs)
     file, beside = folder / "model.pt", folder / "model.json"
     frozen.save(str(file))
@@ -64,7 +64,7 @@ def load(path: Path, target: Target) -> Runner:
             warnings.simplefilter("ignore")
             net = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # not in the stubs
     except Exception as error:
-        raise TargetError(f"TorchScript cannot load {path.name}: {_plain(error)}") from error
+        raise TargetError(f"TorchScript cannot load {path.name}: {last_line(error)}") from error
     return torch_runner.TorchRunner(net, [str(name) for name in names], target)
 
 
@@ -111,11 +111,6 @@ def _tensors(made: Any) -> list[Any]:
     if isinstance(made, Mapping):
         return [tensor.double() for tensor in made.values()]
     return [t.double() for t in made] if isinstance(made, (tuple, list)) else [made.double()]
-
-
-def _plain(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
 
 
 RUNTIME = Runtime(

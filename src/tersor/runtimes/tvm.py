@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import TargetError, last_line
 from tersor.core.hardware import probe, usable_cores
 from tersor.core.model import Inputs
 from tersor.core.pieces import InPieces
@@ -100,13 +100,14 @@ def export(net: Any, folder: Path, inputs: Inputs, target: Target | None = None)
                 module = relax.get_pipeline("zero")(module)
             compiled, tuning = _compiled(module, machine_target, seconds, wanted, arrays)
         except Exception as error:
-            raise TargetError(f"TVM cannot compile the network: {_plain(error)}") from error
+            raise TargetError(f"TVM cannot compile the network: {last_line(error)}") from error
         library = folder / "model.so"
         try:
             compiled.export_library(str(library))
         except Exception as error:
             raise TargetError(
-                f"TVM cannot link the network: {_plain(error)}; it needs a C compiler, such as g++"
+                f"TVM cannot link the network: {last_line(error)}; it needs a C compiler, "
+                "such as g++"
             ) from error
     about = {
         "architecture": machine.architecture,
@@ -156,7 +157,7 @@ def load(path: Path, target: Target) -> Runner:
             library = tvm.runtime.load_module(str(path))
             machine_of_relax = relax.VirtualMachine(library, tvm.cpu())
         except Exception as error:
-            raise TargetError(f"TVM cannot load {path.name}: {_plain(error)}") from error
+            raise TargetError(f"TVM cannot load {path.name}: {last_line(error)}") from error
     runner = _Runner(machine_of_relax, dict(zip(names, types, strict=True)), outputs, target)
     return InPieces(runner, batch)
 
@@ -168,7 +169,7 @@ def _imported(net: Any) -> Any:
     try:
         return from_onnx(net, keep_params_in_input=False)
     except Exception as error:
-        raise TargetError(f"TVM cannot import the network: {_plain(error)}") from error
+        raise TargetError(f"TVM cannot import the network: {last_line(error)}") from error
 
 
 def _compiled(
@@ -249,7 +250,7 @@ class _Runner:
             try:
                 made = run(*bound)
             except Exception as error:
-                raise TargetError(f"TVM failed while running: {_plain(error)}") from error
+                raise TargetError(f"TVM failed while running: {last_line(error)}") from error
             parts = [made] if hasattr(made, "numpy") else list(made)
             return {n: part.numpy() for n, part in zip(self.outputs, parts, strict=True)}
 
@@ -266,12 +267,6 @@ def _quiet() -> Iterator[None]:
     logging.getLogger("tvm").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def _plain(error: Exception) -> str:
-    """Keep the last line of TVM's message, which says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
 
 
 RUNTIME = Runtime(

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import TargetError, first_lines
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs
 from tersor.core.pieces import in_pieces
@@ -34,6 +34,8 @@ from tersor.core.runtime import Arrays, Runner, Runtime, Target
 
 _THREADS = "NPROC"
 """Where XLA's client of the CPU reads how many threads it may start."""
+_STARTED: list[int] = []
+"""The number of threads that XLA was started with in this process, once it was."""
 _VERSION = "1.0.0"
 """Of StableHLO, that files are written for: later ones read it."""
 
@@ -59,7 +61,7 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
             lowered = exported_program_to_mlir(program, inline_constants=False)
         except Exception as error:
             raise TargetError(
-                f"the network cannot be written as StableHLO: {_reason(error)}"
+                f"the network cannot be written as StableHLO: {first_lines(error)}"
             ) from error
         given = list(inputs.example)
         arguments = [
@@ -99,22 +101,15 @@ def load(path: Path, target: Target) -> Runner:
 
     threads = target.threads or usable_cores()
     with _quiet():
-        before = os.environ.setdefault(_THREADS, str(threads))
-        if target.device == "cpu" and before != str(threads):
+        if target.device == "cpu" and _STARTED and [threads] != _STARTED:
             raise TargetError(
-                f"XLA runs with {before} threads in this process and cannot change to {threads}; "
-                "load the network in another process"
+                f"XLA runs with {_STARTED[0]} threads in this process and cannot change to "
+                f"{threads}; load the network in another process"
             )
+        device = _device(target.device, threads)
         import jax
         from jax import export as exporting
 
-        try:
-            device = jax.devices(target.device)[0]
-        except RuntimeError as error:
-            raise TargetError(
-                f"JAX finds no {target.device} here; use xla:cpu, or install JAX for it: "
-                "pip install 'jax[tpu]'"
-            ) from error
         try:
             network = exporting.deserialize(bytearray(path.read_bytes()))
             weights = load((path.with_name("weights.safetensors")).read_bytes())
@@ -124,9 +119,31 @@ def load(path: Path, target: Target) -> Runner:
                 kept = jax.device_put(weights, device)
                 compiled = jax.jit(network.call).lower(kept, inputs).compile()
         except Exception as error:
-            raise TargetError(f"XLA cannot load {path.name}: {_reason(error)}") from error
+            raise TargetError(f"XLA cannot load {path.name}: {first_lines(error)}") from error
     runner = _Runner(compiled, kept, inputs, device)
     return in_pieces(runner, {name: each.shape for name, each in inputs.items()})
+
+
+def _device(name: str, threads: int) -> Any:
+    """Start XLA, which reads the number of its threads from the environment, once a process."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = str(threads)
+    import jax
+
+    try:
+        found = jax.devices(name)[0]
+    except RuntimeError as error:
+        raise TargetError(
+            f"JAX finds no {name} here; use xla:cpu, or install JAX for it: pip install 'jax[tpu]'"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
+    if not _STARTED:
+        _STARTED.append(threads)
+    return found
 
 
 def _exported(
@@ -183,7 +200,7 @@ def _exported(
     except Exception as error:
         found = f" (it uses {foreign.group(1)})" if foreign else ""
         raise TargetError(
-            f"the network cannot be written as StableHLO{found}: {_reason(error)}"
+            f"the network cannot be written as StableHLO{found}: {first_lines(error)}"
         ) from error
     return bytes(dataclasses.replace(outline, mlir_module_serialized=data).serialize())
 
@@ -210,7 +227,7 @@ class _Runner:
                 with jax.enable_x64(True):
                     made = jax.block_until_ready(self.compiled(self.weights, bound))
             except Exception as error:
-                raise TargetError(f"XLA failed while running: {_reason(error)}") from error
+                raise TargetError(f"XLA failed while running: {first_lines(error)}") from error
             return {name: np.asarray(array) for name, array in made.items()}
 
         return call
@@ -245,11 +262,6 @@ def _quiet() -> Iterator[None]:
                 yield
     finally:
         root.setLevel(before)
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 RUNTIME = Runtime(

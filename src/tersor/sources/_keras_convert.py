@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tersor.core.errors import ModelError
+from tersor.core.errors import ModelError, named_lines
 
 _OPSET = 18
 """The newest of tf2onnx."""
 _CALLS_OUT = re.compile(
     r".*(File|PyFunc|Dataset|Iterator|Reader|Library|Rpc|Grpc|Socket|Summary|HostCompute|Remote|"
     r"CustomCall|InitializeTable|Worker|Server|TPU|Debug|EncodeProto|DecodeProto|Collective).*|"
-    r"Save(Slices|V2)?|MergeV2Checkpoints|Print(V2)?|ImmutableConst|LoadAndRemapMatrix|"
+    r"Save(Slices|V2)?|Restore(Slice|V2)?|MergeV2Checkpoints|Print(V2)?|ImmutableConst|LoadAndRemapMatrix|"
     r"GenerateVocabRemapping|Skipgram"
 )
 """Operators that touch files, run Python or talk to others."""
@@ -47,7 +47,9 @@ def _keras(place: Path) -> tuple[Any, list[Any], list[str]]:
     try:
         model = keras.models.load_model(place, compile=False, safe_mode=True)
     except Exception as error:
-        raise ModelError(f"Keras {keras.__version__} cannot load it: {_first(error)}") from error
+        raise ModelError(
+            f"Keras {keras.__version__} cannot load it: {named_lines(error)}"
+        ) from error
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype, name=tensor.name) for tensor in model.inputs]
 
     outputs = list(dict.fromkeys(getattr(model, "output_names", ["output"])))
@@ -89,7 +91,7 @@ def _check_weights(place: Path) -> None:
                     if total > _MOST_UNPACKED * len(packed) + (256 << 20):
                         raise ModelError(f"its weights of {len(packed)} bytes unpack to {total}")
     except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise ModelError(f"its weights are damaged: {_first(error)}") from error
+        raise ModelError(f"its weights are damaged: {named_lines(error)}") from error
 
 
 def _saved_model(place: Path) -> tuple[Any, list[Any], list[str]]:
@@ -105,7 +107,7 @@ def _saved_model(place: Path) -> tuple[Any, list[Any], list[str]]:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"TensorFlow cannot load it: {_first(error)}") from error
+        raise ModelError(f"TensorFlow cannot load it: {named_lines(error)}") from error
     wanted = "serving_default" if "serving_default" in signatures else next(iter(signatures), None)
     if wanted is None:
         raise ModelError("it has no signature to call; save it with model.export(FOLDER)")
@@ -123,8 +125,8 @@ def _saved_model(place: Path) -> tuple[Any, list[Any], list[str]]:
 def _without_saver(file: Path) -> bytes:
     """Read the graph as a message, without building it, and refuse operators that call out.
 
-    Every SavedModel holds a function that saves it again. It is left out, so that nothing that runs
-    on loading can call it: TensorFlow then does not find it.
+    Every SavedModel holds functions that save it again and read its weights. They are left out, so
+    that nothing that runs on loading can call them: TensorFlow reads the weights without them.
     """
     from tensorflow.core.protobuf import saved_model_pb2
 
@@ -132,19 +134,22 @@ def _without_saver(file: Path) -> bytes:
     try:
         message.ParseFromString(file.read_bytes())
     except Exception as error:
-        raise ModelError(f"saved_model.pb is damaged: {_first(error)}") from error
+        raise ModelError(f"saved_model.pb is damaged: {named_lines(error)}") from error
     if len(message.meta_graphs) != 1:
         raise ModelError(f"saved_model.pb holds {len(message.meta_graphs)} graphs, not one")
     graph = message.meta_graphs[0]
-    saver = graph.saver_def.save_tensor_name.partition(":")[0]
+    savers = {
+        name.partition(":")[0]
+        for name in (graph.saver_def.save_tensor_name, graph.saver_def.restore_op_name)
+    }
     saving = {
         attribute.func.name
         for node in graph.graph_def.node
-        if node.name == saver
+        if node.name in savers
         for attribute in node.attr.values()
     }
     for kept, entries in (
-        ([n for n in graph.graph_def.node if n.name != saver], graph.graph_def.node),
+        ([n for n in graph.graph_def.node if n.name not in savers], graph.graph_def.node),
         (
             [f for f in graph.graph_def.library.function if f.signature.name not in saving],
             graph.graph_def.library.function,
@@ -181,7 +186,7 @@ def _write(call: Any, specs: list[Any], outputs: list[str], file: Path) -> None:
     try:
         model, _ = tf2onnx.convert.from_function(call, input_signature=specs, opset=_OPSET)
     except Exception as error:
-        raise ModelError(f"tf2onnx cannot write it as ONNX: {_first(error)}") from error
+        raise ModelError(f"tf2onnx cannot write it as ONNX: {named_lines(error)}") from error
     _spell_erfc(model, onnx)
     known = {schema.name for schema in onnx.defs.get_all_schemas()}
     missing = sorted({n.op_type for n in model.graph.node if n.op_type not in known})
@@ -218,8 +223,3 @@ def _spell_erfc(model: Any, onnx: Any) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.append(one)
-
-
-def _first(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from tersor.core import plugins
-from tersor.core.errors import ModelError
+from tersor.core.errors import ModelError, named_lines
 from tersor.core.model import Inputs, Model, Source
 from tersor.sources._continued import from_artifact
 from tersor.sources._misfit import Comparison, compare, findings, shorten
@@ -63,6 +63,7 @@ _LARGEST_CONFIG = 16 << 20
 _LARGEST_SIZE = 1 << 24
 """Of a number in a config: vocabularies have less than a million entries."""
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_OFFLINE = "HF_HUB_OFFLINE"
 _EXAMPLE_LENGTH = 16
 
 
@@ -225,7 +226,7 @@ def _describe(kind: type[Any], config: dict[str, Any], folder: Path, shards: Any
         with torch.device("meta"):
             wanted = sum(p.numel() for p in kind(made).parameters())
     except Exception as error:  # whatever the library raises for a value it cannot use
-        raise ModelError(f"{where} cannot be used: {_first_lines(error)}") from error
+        raise ModelError(f"{where} cannot be used: {named_lines(error, 2)}") from error
     held = sum(torch.Size(shape).numel() for shape in shapes.values())
     if wanted > 4 * held + (1 << 24):
         raise ModelError(
@@ -257,7 +258,7 @@ def _build(
         )
     except Exception as error:
         raise ModelError(
-            f"folder {str(folder)!r}: {kind.__name__} cannot be built: {_first_lines(error)}"
+            f"folder {str(folder)!r}: {kind.__name__} cannot be built: {named_lines(error, 2)}"
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = _compared(model, info, shapes)
@@ -330,7 +331,8 @@ def _wrapped(model: Any, how: Pooling, normalize: bool, folder: Path) -> tuple[n
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Keep the library from the network and from printing."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    before = os.environ.get(_OFFLINE)
+    os.environ[_OFFLINE] = "1"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers.utils import logging
@@ -344,11 +346,10 @@ def _offline() -> Iterator[None]:
             logging.set_verbosity(level)
             if bars:
                 logging.enable_progress_bar()
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
+            if before is None:
+                del os.environ[_OFFLINE]
+            else:
+                os.environ[_OFFLINE] = before
 
 
 SOURCE = Source(load=load)
