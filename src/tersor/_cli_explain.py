@@ -34,8 +34,9 @@ def explain(
     from tersor.core.errors import DataError, ModelError, RecipeError
     from tersor.core.recipe import read_target
     from tersor.core.runtime import Target
+    from tersor.subjects import on_disk
 
-    if other is not None or question is not None or (_on_disk(subject) and not fusion):
+    if other is not None or question is not None or (on_disk(subject) and not fusion):
         for given, name in (
             (technique, "--technique"),
             (weights, "--weights"),
@@ -90,11 +91,6 @@ def explain(
     else:
         show(_told(found))
     return 0
-
-
-def _on_disk(subject: str) -> bool:
-    path = Path(subject)
-    return path.is_dir() or path.suffix in (".onnx", ".xml", ".ort", ".packed")
 
 
 def _diagnose(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tersor._cli_place import exported, loaded, split_of
 from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
@@ -37,16 +38,15 @@ def measure(
     A folder or a model file is measured as it is; a network in Python is exported first.
     """
     from tersor.core import plugins
-    from tersor.core.packing import is_packed
     from tersor.core.recipe import read_target
-    from tersor.subjects import suffixes
+    from tersor.subjects import on_disk
 
     names = tuple(dict.fromkeys(metrics)) or METRICS
     for name in names:
         plugins.metric(name)
     asked = read_target(target)
     path = Path(subject)
-    if path.is_dir() or path.suffix in suffixes() or is_packed(path):
+    if on_disk(subject):
         from tersor import benchmark
 
         # compress keeps the untouched original inside the artifact
@@ -82,38 +82,15 @@ def _exported(
     partial: bool,
 ) -> "tuple[Measurement, ...]":
     """Export a network to the target, into a folder that is removed again, and measure it there."""
-    from dataclasses import replace
+    from tersor.candidate import score
 
-    from tersor import pipeline
-    from tersor.candidate import arrays_of, export, score
-    from tersor.core.errors import DataError
-    from tersor.core.runtime import Target
-    from tersor.plan import make_inputs, try_forward
-
-    chosen = target or Target(runtime="onnxruntime")
-    if threads is not None:
-        chosen = replace(chosen, options={**chosen.options, "threads": threads})
-    model = pipeline.load(subject, weights=weights, partial=partial)
-    for note in model.notes:
-        tell(note)
-    if data is None:
-        raise DataError(
-            "a network in Python is measured on data; give --data, such as FILE.py:FUNCTION"
-        )
-    batches = _data(data)
-    inputs = make_inputs(model, batches)
-    if model.form == "module":
-        try_forward(model.net, inputs)
-    with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
-        first = next(iter(getattr(batches, split, None) or ()), None)
-        if first is None:
-            raise DataError(f"the data have no split {split!r} to measure on")
-        sample = arrays_of(first, inputs.example)
-        candidate = export(model.net, Path(folder), inputs, chosen, sample, batch=batch)
-        try:
-            scores = score(candidate, names, split, batches, batch=batch, reference=None)
-        finally:
-            candidate.close()
+    model, batches, inputs = loaded(subject, data, weights=weights, partial=partial)
+    samples = split_of(batches, split)
+    with (
+        tempfile.TemporaryDirectory(prefix="tersor-") as folder,
+        exported(model, inputs, Path(folder), samples, target, batch, threads) as candidate,
+    ):
+        scores = score(candidate, names, split, batches, batch=batch, reference=None)
     return tuple(scores.measurements.values())
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from tersor._cli_talk import tell
 
 if TYPE_CHECKING:
+    from tersor.candidate import Candidate
+    from tersor.core.context import Data
+    from tersor.core.model import Inputs, Model
     from tersor.core.runtime import Arrays, Target
     from tersor.subjects import Place
 
-_RUN_FILES = (".onnx", ".xml", ".pt2")
 _INPUTS = 16
 _BYTES = 256e6  # of inputs held at a time
 
@@ -38,61 +40,87 @@ def placed(
         data where they are given, else made up from the network's signature.
     """
     from tersor import pipeline
-    from tersor.core.packing import is_packed
     from tersor.core.recipe import read_target
-    from tersor.subjects import place
+    from tersor.subjects import on_disk, place
 
-    batches = None if data is None else pipeline.load_data(data)
     asked = read_target(target)
-    path = Path(subject)
-    if path.is_dir() or path.suffix in _RUN_FILES or is_packed(path):
+    if on_disk(subject):
+        batches = None if data is None else pipeline.load_data(data)
         found = place(subject, target=asked, threads=threads)
-        samples = None if batches is None else _split(batches, split)
-        yield found, _maker(found, samples)
+        yield found, _maker(found, None if batches is None else split_of(batches, split))
         return
+    model, read, inputs = loaded(subject, data, weights=weights, partial=partial)
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
-        found = _exported(
-            subject, Path(folder), batches, asked, batch, threads, split, weights, partial
+        samples = split_of(read, split)
+        with exported(model, inputs, Path(folder), samples, asked, batch, threads) as candidate:
+            found = _place(subject, candidate, inputs, samples)
+        yield found, _maker(found, samples)
+
+
+def loaded(
+    subject: str, data: str | None, *, weights: Path | None, partial: bool
+) -> "tuple[Model, Data, Inputs]":
+    """Read a network and its data, and call it once.
+
+    Raises:
+        DataError: there are no data, or they do not fit.
+    """
+    from tersor import pipeline
+    from tersor.core.errors import DataError
+    from tersor.plan import make_inputs, try_forward
+
+    model = pipeline.load(subject, weights=weights, partial=partial)
+    for note in model.notes:
+        tell(note)
+    if data is None:
+        raise DataError(
+            "a network in Python is measured on data; give --data, such as FILE.py:FUNCTION"
         )
-        yield found, _maker(found, _split(batches, split))
+    batches = pipeline.load_data(data)
+    inputs = make_inputs(model, batches)
+    if model.form == "module":
+        try_forward(model.net, inputs)
+    return model, batches, inputs
 
 
-def _exported(
-    subject: str,
+@contextmanager
+def exported(
+    model: "Model",
+    inputs: "Inputs",
     folder: Path,
-    batches: Any,
+    samples: Iterable[Mapping[str, Any]],
     asked: "Target | None",
     batch: int,
     threads: int | None,
-    split: str,
-    weights: Path | None,
-    partial: bool,
-) -> "Place":
+) -> "Iterator[Candidate]":
+    """Export a network to a target, ONNX Runtime by default, and close it at the end."""
     from dataclasses import replace
 
-    from tersor import pipeline
     from tersor.candidate import arrays_of, export
-    from tersor.core.errors import DataError
-    from tersor.core.runtime import Signature, Target
-    from tersor.plan import make_inputs, try_forward
-    from tersor.subjects import Place
+    from tersor.core.runtime import Target
 
     chosen = asked or Target(runtime="onnxruntime")
     if threads is not None:
         chosen = replace(chosen, options={**chosen.options, "threads": threads})
-    model = pipeline.load(subject, weights=weights, partial=partial)
-    for note in model.notes:
-        tell(note)
-    if batches is None:
-        raise DataError(
-            "a network in Python is measured on data; give --data, such as FILE.py:FUNCTION"
-        )
-    inputs = make_inputs(model, batches)
-    if model.form == "module":
-        try_forward(model.net, inputs)
-    sample = arrays_of(next(iter(_split(batches, split))), inputs.example)
+    sample = arrays_of(next(iter(samples)), inputs.example)
     candidate = export(model.net, folder, inputs, chosen, sample, batch=batch)
-    candidate.close()
+    try:
+        yield candidate
+    finally:
+        candidate.close()
+
+
+def _place(
+    subject: str,
+    candidate: "Candidate",
+    inputs: "Inputs",
+    samples: Iterable[Mapping[str, Any]],
+) -> "Place":
+    from tersor.candidate import arrays_of
+    from tersor.core.runtime import Signature
+    from tersor.subjects import Place
+
+    sample = arrays_of(next(iter(samples)), inputs.example)
     signatures = {
         name: Signature(
             shape=tuple(
@@ -107,7 +135,12 @@ def _exported(
     return Place(name=subject, target=candidate.target, files=candidate.files, inputs=signatures)
 
 
-def _split(batches: Any, split: str) -> Iterable[Mapping[str, Any]]:
+def split_of(batches: Any, split: str) -> Iterable[Mapping[str, Any]]:
+    """Return the batches of a split.
+
+    Raises:
+        DataError: there are none.
+    """
     from tersor.core.errors import DataError
 
     found: Iterable[Mapping[str, Any]] | None = getattr(batches, split, None)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tersor._cli_place import loaded
 from tersor._cli_talk import Progress, colored, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
@@ -28,22 +29,16 @@ def survey(
     Returns:
         The exit code: 4 where it ran on none.
     """
-    from tersor import pipeline
     from tersor import survey as surveys
     from tersor.core import plugins
     from tersor.core.artifact import Artifact
-    from tersor.core.errors import DataError, ModelError
+    from tersor.core.errors import ModelError
     from tersor.core.hardware import environment, preflight, probe
-    from tersor.plan import make_inputs, try_forward
 
     for name in metrics:
         plugins.metric(name)
     for name in runtimes:
         plugins.runtime(name)
-    if data is None:
-        raise DataError(
-            "every runtime runs the same samples; give --data, such as FILE.py:FUNCTION"
-        )
     place = subject
     if Path(subject).is_dir():
         (file, *_) = Artifact.open(subject).model_files
@@ -53,13 +48,7 @@ def survey(
                 f"{subject!r} was made from, and --weights {subject}"
             )
         place = str(file)
-    model = pipeline.load(place, weights=weights, partial=partial)
-    for note in model.notes:
-        tell(note)
-    batches = pipeline.load_data(data)
-    inputs = make_inputs(model, batches)
-    if model.form == "module":
-        try_forward(model.net, inputs)
+    model, batches, inputs = loaded(place, data, weights=weights, partial=partial)
     warnings = preflight(probe())
     found = surveys.survey(
         model,

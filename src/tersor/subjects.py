@@ -134,6 +134,12 @@ def fitting(found: Place, batches: Sequence[Arrays]) -> list[Arrays]:
     )
 
 
+def on_disk(subject: str | Path) -> bool:
+    """Tell whether something runs as it lies there: an artifact's folder, or a model file."""
+    path = Path(subject)
+    return path.is_dir() or path.suffix in suffixes() or is_packed(path)
+
+
 def suffixes() -> dict[str, str]:
     """Map the endings of model files to the runtime that runs them where none is named."""
     found: dict[str, str] = {}
