@@ -89,6 +89,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "everywhere_resnet20": lambda _: everywhere("resnet20"),
         "everywhere_resnet20_int8": lambda _: everywhere("resnet20-int8"),
         "everywhere_minilm": lambda _: everywhere("minilm"),
+        "gpu": lambda _: on_gpu(),
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -836,6 +837,41 @@ def everywhere(network: str) -> str:
         table(head, rows)
         + f"\nBatch {made['batch']}, {made['threads']} thread, split {made['split']}. Speed is "
         f"that of the first row, interleaved, with a 95 % interval.{busy}\n" + told
+    )
+
+
+def on_gpu() -> str:
+    """One row a way to run a network on a GPU."""
+    raw = stored("gpu")
+    if raw is None:
+        return ""
+    head = ["network", "batch", "target", "options", "size", "error", "time", "speed"]
+    rows, others = [], {}
+    for row in raw["results"]:
+        options = ", ".join(
+            name if value is True else f"{name} {value}" for name, value in row["options"].items()
+        )
+        if row["reason"]:
+            others[f"{row['runtime']} {options}"] = row["reason"].rstrip(".")
+            continue
+        rows.append(
+            [
+                row["network"],
+                str(row["batch"]),
+                f"`{row['runtime']}:cuda`",
+                options,
+                f"{row['bytes'] / 1e6:.1f} MB",
+                f"{row['error']:.1g}",
+                f"{row['ms']:.2f} ms",
+                f"{row['speedup']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]",
+            ]
+        )
+    about, packages = raw["environment"]["gpu"], raw["environment"]["packages"]
+    told = "".join(f"\nNot run: {name}: {reason}.\n" for name, reason in others.items())
+    return table(head, rows) + (
+        f"\n{about['name']}, CUDA {about['cuda']}, PyTorch {packages['torch']}, ONNX Runtime "
+        f"{packages['onnxruntime']}. Error is relative to PyTorch in fp32 on the CPU; speed, that "
+        "of the first row of its network and batch, interleaved, with a 95 % interval.\n" + told
     )
 
 

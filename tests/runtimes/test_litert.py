@@ -159,7 +159,9 @@ def test_damaged_files_are_an_error(litert: Any, content: bytes, tmp_path: Path)
 def test_other_files_are_an_error(litert: Any, tmp_path: Path) -> None:
     file = tmp_path / "model.tflite"
     file.write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(TargetError, match=r"model.tflite is a zip archive, whatever its name"):
+    with pytest.raises(
+        TargetError, match=r"model.tflite is a damaged zip archive, not a TFLite file"
+    ):
         litert.open(file, LITERT)
 
 

@@ -122,6 +122,12 @@ def test_saved_graph_is_used_on_the_machine_it_is_for(tmp_path: Path) -> None:
             r"^cuda_graphs needs the device cuda or tensorrt; the target is onnxruntime:cpu$",
         ),
         (
+            {"precision": "fp16"},
+            r"^precision fp16 needs the device cuda or tensorrt; onnxruntime:cpu has no kernels "
+            r"for it$",
+        ),
+        ({"precision": "fp8"}, r"^precision must be one of fp32, fp16, bf16; got 'fp8'"),
+        (
             {"format": "ort", "saved_optimized": True},
             r"^format: ort holds an optimized graph already; leave saved_optimized out$",
         ),

@@ -133,6 +133,8 @@ class Runtime:
     """Whether options change what `export` writes."""
     options: tuple[str, ...] = ("threads",)
     """Names allowed in `Target.options`."""
+    half_on: tuple[str, ...] | None = None
+    """Devices that compute in 16 bits, of those with the option `precision`; None: all."""
     weights: tuple[str, ...] = ()
     """Formats of weights that it reads beside fp32 and integers, as `half` names them."""
     own_operators: bool = False
@@ -141,6 +143,11 @@ class Runtime:
     """Packages that `export` imports, by import name."""
     to_run: tuple[str, ...] = ()
     """Packages that `load` imports, by import name."""
+
+    def halves(self, device: str) -> bool:
+        """Tell whether it computes in 16 bits there."""
+        able = self.devices if self.half_on is None else self.half_on
+        return "precision" in self.options and device in able
 
     def write(self, net: Any, folder: Path, inputs: "Inputs", target: Target) -> Sequence[Path]:
         """Export a network for a target.

@@ -213,7 +213,7 @@ def _peak(kind: str, name: str, threads: int) -> float:
     plugins.require("runtimes", name, runtime.to_run)
     options: dict[str, Any] = {"threads": threads}
     if kind == "bf16":
-        if "precision" not in runtime.options:
+        if not runtime.halves("cpu"):
             raise TersorError("has no bf16")
         options["precision"] = "bf16"
     x = np.random.default_rng(1).standard_normal((_SIZE, _SIZE)).astype(np.float32)

@@ -1,5 +1,7 @@
 """Execution providers of ONNX Runtime: the devices it runs on, and what each of them needs."""
 
+import contextlib
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,10 @@ def available(target: Target) -> Provider:
             f"this build of ONNX Runtime {onnxruntime.__version__} has no {provider.name}, which "
             f"the device {target.device!r} is. What has it: {provider.brings}"
         )
+    if provider.memory == "cuda":
+        # CUDA's libraries, where pip installed them; what is missing shows as the session starts
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
     return provider
 
 

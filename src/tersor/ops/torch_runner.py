@@ -132,6 +132,7 @@ class TorchRunner:
             ) from error
 
         def replay() -> Any:
+            assert compute is not None  # it holds the inputs that the graph reads
             graph.replay()
             return made
 

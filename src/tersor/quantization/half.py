@@ -47,11 +47,11 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
     runtime = plugins.runtime(context.target.runtime)
     if config.format in FLOAT8 or config.format in runtime.weights:
         return _smaller(net, config, context)
-    if "precision" not in runtime.options:
+    if not runtime.halves(context.target.device):
         able = [
-            name
+            f"{name}:{', '.join(each.half_on)}" if each.half_on else name
             for name in plugins.names("runtimes")
-            if "precision" in plugins.runtime(name).options
+            if "precision" in (each := plugins.runtime(name)).options
         ]
         raise TargetError(
             f"{context.target} has no kernels that compute in {config.format}; "

@@ -9,10 +9,11 @@ Options: `optimization` (`disable`, `basic`, `extended` or `all`, the default); 
 the format of ONNX Runtime's builds for phones, with the list of operators that such a build needs;
 `format: vitis_ai` an ONNX file by the rules of AMD's Vitis AI, biases in int8, too;
 `saved_optimized: true` (cpu) keeps the optimized graph beside the file, so that loading it with the
-same version on the same kind of machine is quick; `cuda_graphs: true` (cuda, tensorrt) replays a
-captured graph in place of launching each operator.
+same version on the same kind of machine is quick; `precision` (`fp32`, `fp16`, `bf16`; cuda,
+tensorrt) turns weights and activations to 16 bits, inputs and outputs staying as they are;
+`cuda_graphs: true` (cuda, tensorrt) replays a captured graph in place of launching each operator.
 
-cuda, tensorrt, coreml, xnnpack and directml: not verified on hardware. openvino was run on a CPU.
+tensorrt, coreml, xnnpack and directml: not verified on hardware. openvino was run on a CPU.
 """
 
 import contextlib
@@ -51,8 +52,10 @@ _LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 _FORMATS = ("onnx", "ort", "vitis_ai")
+_PRECISIONS = ("fp32", "fp16", "bf16")
 _SWITCHES = ("saved_optimized", "cuda_graphs", "fallback")
 _OPTIMIZED, _MACHINE, _FORMAT = "optimized.onnx", "tersor.machine", "tersor.format"
+_PRECISION = "tersor.precision"
 
 
 def check(target: Target) -> None:
@@ -62,7 +65,12 @@ def check(target: Target) -> None:
         TargetError: a value that cannot be; the nearest one is suggested.
     """
     options = target.options
-    for name, known in (("optimization", tuple(_LEVELS)), ("format", _FORMATS)):
+    known_values = {
+        "optimization": tuple(_LEVELS),
+        "format": _FORMATS,
+        "precision": _PRECISIONS,
+    }
+    for name, known in known_values.items():
         given = options.get(name, known[0])
         if given not in known:
             raise TargetError(
@@ -72,8 +80,18 @@ def check(target: Target) -> None:
     for name in _SWITCHES:
         if not isinstance(options.get(name, False), bool):
             raise TargetError(f"{name} must be true or false; got {options[name]!r}")
-    if options.get("cuda_graphs") and PROVIDERS[target.device].memory != "cuda":
-        raise TargetError(f"cuda_graphs needs the device cuda or tensorrt; the target is {target}")
+    if PROVIDERS[target.device].memory != "cuda":
+        if options.get("cuda_graphs"):
+            raise TargetError(
+                f"cuda_graphs needs the device cuda or tensorrt; the target is {target}"
+            )
+        if _halved(target):
+            raise TargetError(
+                f"precision {options['precision']} needs the device cuda or tensorrt; {target} "
+                "has no kernels for it"
+            )
+    if _halved(target) and options.get("format", "onnx") != "onnx":
+        raise TargetError(f"precision is of no use with format: {options['format']}; leave one out")
     if options.get("saved_optimized") and target.device != "cpu":
         raise TargetError(
             f"saved_optimized needs the device cpu; the target is {target}, which compiles anew"
@@ -94,10 +112,46 @@ def export(net: Any, folder: Path, inputs: Inputs, target: Target | None = None)
     file = folder / "model.onnx"
     if target.options.get("format") == "vitis_ai":
         return [_export_vitis_ai(net, file)]
-    file.write_bytes(pack_weights(net).SerializeToString(deterministic=True))
+    packed = pack_weights(net)
+    if _halved(target):
+        packed = _to_half(packed, target)
+    file.write_bytes(packed.SerializeToString(deterministic=True))
     if not target.options.get("saved_optimized"):
         return [file]
     return [file, _save_optimized(file, target)]
+
+
+def _halved(target: Target) -> bool:
+    return bool(target.options.get("precision", "fp32") != "fp32")
+
+
+def _to_half(net: Any, target: Target) -> Any:
+    """Turn the network to 16 bits, and note that on it."""
+    from onnx import helper
+
+    from tersor.ops.onnx_half import to_half
+
+    precision = str(target.options["precision"])
+    made = to_half(net, precision)
+    held = {each.key: each.value for each in made.metadata_props}
+    helper.set_model_props(made, {**held, _PRECISION: precision})
+    return made
+
+
+def _content(path: Path, target: Target) -> str | bytes:
+    """Return what a session starts from: the file, or what it holds turned to 16 bits."""
+    if not _halved(target):
+        return str(path)
+    import onnx
+
+    try:
+        net = onnx.load(path)
+    except Exception as error:
+        raise TargetError(f"ONNX cannot read {path.name}: {_plain(error)}") from error
+    if any(each.key == _PRECISION for each in net.metadata_props):
+        return str(path)
+    made: bytes = _to_half(net, target).SerializeToString()
+    return made
 
 
 def _export_vitis_ai(net: Any, file: Path) -> Path:
@@ -291,7 +345,9 @@ def _session(
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=[(provider.name, provider_options(target, threads))]
+            _content(path, target),
+            options,
+            providers=[(provider.name, provider_options(target, threads))],
         )
     except Exception as error:
         raise TargetError(f"ONNX Runtime cannot load {path.name}: {_plain(error)}") from error
@@ -376,7 +432,8 @@ RUNTIME = Runtime(
     inputs=inputs,
     suffixes=(".onnx", ".ort"),
     targeted=True,
-    options=("threads", "optimization", "format", *_SWITCHES),
+    options=("threads", "optimization", "format", "precision", *_SWITCHES),
+    half_on=tuple(name for name, each in PROVIDERS.items() if each.memory == "cuda"),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("onnx", "onnxscript"),
     to_run=("onnxruntime",),

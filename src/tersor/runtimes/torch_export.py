@@ -2,8 +2,7 @@
 
 Options, beside `threads` and `precision`: `channels_last` lays tensors out as convolutions often
 run fastest. On CUDA devices `cudnn_autotune` has cuDNN time its algorithms, `cuda_graphs` replays
-each bound call as one captured graph, and `stream` runs on a stream of its own; these three were
-not verified on hardware.
+each bound call as one captured graph, and `stream` runs on a stream of its own.
 """
 
 from collections.abc import Mapping, Sequence

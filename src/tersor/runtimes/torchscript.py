@@ -59,10 +59,12 @@ def load(path: Path, target: Target) -> Runner:
         raise TargetError(
             f"{path.name} has no readable {path.stem}.json beside it; export the network again"
         ) from error
+    # what tracing made constants moves only here; a device that is not there is refused below
+    place = target.device if torch.cuda.is_available() else "cpu"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            net = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # not in the stubs
+            net = torch.jit.load(str(path), map_location=place)  # type: ignore[no-untyped-call]  # not in the stubs
     except Exception as error:
         raise TargetError(f"TorchScript cannot load {path.name}: {last_line(error)}") from error
     return torch_runner.TorchRunner(net, [str(name) for name in names], target)

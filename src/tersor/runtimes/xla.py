@@ -124,6 +124,10 @@ def load(path: Path, target: Target) -> Runner:
     return in_pieces(runner, {name: each.shape for name, each in inputs.items()})
 
 
+_EXTRAS = {"cuda": "cuda13", "tpu": "tpu"}
+"""Of JAX, by device."""
+
+
 def _device(name: str, threads: int) -> Any:
     """Start XLA, which reads the number of its threads from the environment, once a process."""
     before = os.environ.get(_THREADS)
@@ -134,7 +138,8 @@ def _device(name: str, threads: int) -> Any:
         found = jax.devices(name)[0]
     except RuntimeError as error:
         raise TargetError(
-            f"JAX finds no {name} here; use xla:cpu, or install JAX for it: pip install 'jax[tpu]'"
+            f"JAX finds no {name} here; use xla:cpu, or install JAX for it: pip install "
+            f"'jax[{_EXTRAS[name]}]'"
         ) from error
     finally:
         if before is None:
@@ -266,7 +271,7 @@ def _quiet() -> Iterator[None]:
 
 RUNTIME = Runtime(
     takes="exported",
-    devices=("cpu", "tpu"),
+    devices=("cpu", "cuda", "tpu"),
     export=export,
     load=load,
     fixed_batch=True,
