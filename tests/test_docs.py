@@ -3,7 +3,8 @@
 The blocks of a page run in order, in one folder that is empty at first: what one writes, the next one
 reads. Each Python block is complete: it runs as pasted into a new interpreter. `<!-- skip: why -->` above a block leaves it out, `<!-- file: x -->`
 writes it to a file first, `<!-- exit: 1 -->` says how a shell block ends, and the lines of a block under
-`<!-- output -->` are among those that the shell block before it printed. A page that has
+`<!-- output -->` are among those that the shell block before it printed; those under `<!-- measured -->`
+are, but for their numbers, among those that any block before it printed (docs/handbook.py writes them). A page that has
 `<!-- slow -->` in it takes longer than a second.
 """
 
@@ -44,6 +45,7 @@ class Block:
     file: str
     exit: int
     output: bool
+    measured: bool
 
 
 def blocks(page: Path) -> list[Block]:
@@ -63,6 +65,7 @@ def blocks(page: Path) -> list[Block]:
                 file=file[1] if file else "",
                 exit=int(ends[1]) if ends else 0,
                 output="<!-- output -->" in marks,
+                measured="<!-- measured -->" in marks,
             )
         )
     return made
@@ -95,13 +98,22 @@ def test_blocks_run(page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPat
             continue
         where = f"{name_of(page)}:{block.line}"
         if block.lang == "python":
-            run([sys.executable, "-c", block.body], tmp_path, where, block.exit)
+            printed = run([sys.executable, "-c", block.body], tmp_path, where, block.exit)
         elif block.lang in SHELLS:
             body = without_demo(block.body, tmp_path, made)
             printed = run(["bash", "-euo", "pipefail", "-c", body], tmp_path, where, block.exit)
         elif block.output:
             absent = [line for line in block.body.splitlines() if line not in printed.splitlines()]
             assert not absent, f"{where}: not printed: {absent}; but:\n{printed}"
+        elif block.measured:
+            absent = [line for line in masked(block.body) if line not in masked(printed)]
+            assert not absent, f"{where}: not printed: {absent}; but:\n{printed}"
+
+
+def masked(text: str) -> list[str]:
+    """Return the lines without what differs from one measurement to the next: numbers, units, blanks."""
+    numbers = re.sub(r"[-+]?\d[\d.,]*(e[-+]?\d+)?( ?(us|ms|s|[kMG]?B)\b)?", "#", text)
+    return [re.sub(r"(#|[-─━]|\s)+", " ", line).strip() for line in numbers.splitlines()]
 
 
 DEMO = "tersor demo --out demo\n"
