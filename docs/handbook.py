@@ -2,8 +2,8 @@
 
     python docs/handbook.py [01 02 ...]
 
-The blocks of a page run in order, in an empty folder; a block under `<!-- measured -->` gets what the
-block before it printed. Without arguments, every page runs.
+The blocks of a page run in order, in an empty folder; a block under `<!-- measured -->` gets what
+the block before it printed. Without arguments, every page runs.
 """
 
 import os

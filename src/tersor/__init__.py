@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tersor.advisor import advise as advise
     from tersor.benchmark import compare as compare
     from tersor.benchmark import measure as measure
     from tersor.core.artifact import Artifact as Artifact
@@ -36,6 +37,7 @@ _PLACES = {
     "Recipe": "tersor.core.recipe",
     "Target": "tersor.core.runtime",
     "TersorError": "tersor.core.errors",
+    "advise": "tersor.advisor",
     "catalog": "tersor.core.plugins",
     "compare": "tersor.benchmark",
     "compress": "tersor.pipeline",

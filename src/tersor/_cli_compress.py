@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tersor import _cli_advise
+from tersor._cli_advise import AUTO
 from tersor._cli_talk import (
     Progress,
     colored,
@@ -61,7 +63,7 @@ def compress(
     """
     earlier = _earlier(again) if again is not None else {}
     chosen = _recipe(recipe, earlier, again, target)
-    goal = _goal(chosen.goal, best, limits)
+    goal = goal_of(chosen.goal, best, limits)
     _check_names(goal, metrics)
     # from here on torch is needed: everything above answers at once
     from tersor import pipeline
@@ -82,10 +84,30 @@ def compress(
             f"the run in {again} learnt from {earlier['teacher']}; give it again with --teacher"
         )
     guide = None if teacher is None else pipeline.load(teacher, weights=teacher_weights)
+    trainer = None if fit is None else import_object(fit, error=DataError, what="trainer")
+    number = earlier.get("seed", 0) if seed is None else seed
+    samples = batch or earlier.get("batch", 1)
+    predicted: Sequence[tuple[float, float]] = ()
+    if recipe == AUTO:
+        on = chosen.target
+        if threads is not None:
+            on = replace(on, options={**on.options, "threads": threads})
+        chosen, predicted = _cli_advise.recipe_of(
+            out,
+            loaded,
+            batches,
+            goal=goal,
+            target=on,
+            batch=samples,
+            seed=number,
+            fit=trainer,
+            resume=resume,
+        )
+        goal = chosen.goal
     wanted: dict[str, Any] = {
         "data": batches,
         "teacher": guide,
-        "fit": None if fit is None else import_object(fit, error=DataError, what="trainer"),
+        "fit": trainer,
         "goal": goal,
         "metrics": tuple(dict.fromkeys([*METRICS, *metrics, *earlier.get("metrics", ())])),
         "out": out,
@@ -98,9 +120,10 @@ def compress(
                 loaded,
                 chosen,
                 **wanted,
-                seed=earlier.get("seed", 0) if seed is None else seed,
+                seed=number,
                 threads=threads,
-                batch=batch or earlier.get("batch", 1),
+                batch=samples,
+                predicted=predicted,
                 resume=resume,
                 strict=strict,
                 command=_command(words),
@@ -110,6 +133,7 @@ def compress(
     except KeyboardInterrupt:
         tell(f"interrupted; go on with:\n{_command([*words, '--resume'], keep=('--resume',))}")
         return 130
+    _cli_advise.kept_of(out).unlink(missing_ok=True)
     if as_json:
         show((artifact.path / "report.json").read_text(encoding="utf-8").rstrip())
     else:
@@ -161,11 +185,14 @@ def _recipe(
     """Read the recipe that the words name; a target in the words replaces the recipe's."""
     from tersor.core.errors import RecipeError
     from tersor.core.recipe import Recipe, find, read_target, read_yaml, recipes
+    from tersor.core.runtime import Target
 
     asked = read_target(target)
+    if name == AUTO and again is None:
+        return Recipe(stages=(), target=asked or Target(runtime="onnxruntime"))
     if (name is None) == (again is None):
         raise RecipeError(
-            f"give either --recipe or --again; recipes of the package: {', '.join(recipes())}"
+            f"give either --recipe or --again; recipes of the package: auto, {', '.join(recipes())}"
         )
     if name is None:
         made = Recipe.parse(earlier["recipe"], where=f"{again}/manifest.json")
@@ -195,7 +222,7 @@ def _earlier(folder: Path) -> dict[str, Any]:
     }
 
 
-def _goal(given: "Goal | None", best: str | None, limits: Sequence[str]) -> "Goal | None":
+def goal_of(given: "Goal | None", best: str | None, limits: Sequence[str]) -> "Goal | None":
     """Let the words override the recipe's goal, limit by limit."""
     from tersor.core.errors import RecipeError
     from tersor.core.goal import Goal
@@ -274,6 +301,8 @@ def summary(report: "Report", place: Path) -> str:
         word = colored(stage.verdict)
         parts.append(f"{number}. {stage.name}: {word} ({human_seconds(stage.seconds)})")
         parts.append(paragraph(stage.reason))
+        if stage.predicted is not None:
+            parts.append(paragraph("{:.2f}x to {:.2f}x was predicted".format(*stage.predicted)))
     if report.limits:
         parts.append("")
     for limit in report.limits:

@@ -59,6 +59,19 @@ Target = Annotated[
 ]
 Threads = Annotated[int | None, option("--threads", "N", THREADS, min=0)]
 Batch = Annotated[int, option("--batch", "N", BATCH, min=1, show_default=True)]
+Best = Annotated[
+    str | None, option("--best", "METRIC", "what to improve: latency", complete="metrics")
+]
+Limits = Annotated[
+    list[str] | None,
+    option(
+        "--limit",
+        "METRIC=LIMIT",
+        "-1pt, -1%, +2%, 25%, '3 ms', '2 MB' (repeatable)",
+        complete="metrics",
+        after="=",
+    ),
+]
 Weights = Annotated[
     Path | None, option("--weights", "FILE", "a .safetensors file for the network, or an artifact")
 ]

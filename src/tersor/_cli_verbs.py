@@ -1,4 +1,4 @@
-"""The verbs that look at what there is: list, show, inspect, doctor; and the demo."""
+"""The verbs that look at what there is: list, show, inspect, doctor; advise, and the demo."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,8 +7,12 @@ import typer
 
 from tersor._cli_options import (
     DATA,
+    Batch,
+    Best,
     Debug,
     Json,
+    Limits,
+    Model,
     Partial,
     Resume,
     Subject,
@@ -109,6 +113,55 @@ def inspect(
         trust=trust,
         groups=groups,
         data=data,
+        out=out,
+        as_json=json,
+    )
+    raise typer.Exit(code)
+
+
+@verbs.command(
+    short_help="try what may help, and write the recipe of what does",
+    epilog=example(
+        "tersor advise tersor.demo.network:trained --data digits",
+        "tersor compress tersor.demo.network:trained --data digits --recipe auto",
+    ),
+)
+def advise(
+    model: Model,
+    data: Annotated[str, option("--data", "DATA", DATA)],
+    target: Target = None,
+    best: Best = None,
+    limit: Limits = None,
+    batch: Batch = 1,
+    threads: Threads = None,
+    minutes: Annotated[
+        float, option("--minutes", "M", "of training at most, in a stage", min=0, show_default=True)
+    ] = 10.0,
+    weights: Weights = None,
+    partial: Partial = False,
+    out: Annotated[Path | None, option("--out", "FILE.yaml", "write the recipe, too")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Try what may help this network on a target, and say what does, with predicted gains.
+
+    Steps without training are applied, exported and timed; steps with it are trained for seconds.
+    """
+    from tersor import _cli_advise
+    from tersor._cli_compress import goal_of
+    from tersor.core.recipe import read_target
+
+    del debug
+    code = _cli_advise.advise(
+        model,
+        data=data,
+        goal=goal_of(None, best, limit or []),
+        target=read_target(target),
+        batch=batch,
+        threads=threads,
+        minutes=minutes,
+        weights=weights,
+        partial=partial,
         out=out,
         as_json=json,
     )

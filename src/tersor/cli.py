@@ -10,12 +10,14 @@ from tersor._cli_options import (
     DATA,
     Batch,
     Batches,
+    Best,
     Cells,
     Data,
     Debug,
     Fusion,
     Json,
     LatencyLimit,
+    Limits,
     Model,
     Modes,
     Partial,
@@ -37,6 +39,7 @@ from tersor._cli_verbs import verbs
 
 VERBS = (
     "compress",
+    "advise",
     "measure",
     "compare",
     "explain",
@@ -90,22 +93,11 @@ def compress(
     data: Annotated[str, option("--data", "DATA", DATA)],
     recipe: Annotated[
         str | None,
-        option("--recipe", "NAME|FILE", "what to do: `tersor list recipes`", complete="recipes"),
+        option("--recipe", "NAME|FILE", "`tersor list recipes`; or auto", complete="recipes"),
     ] = None,
     target: Target = None,
-    best: Annotated[
-        str | None, option("--best", "METRIC", "what to improve: latency", complete="metrics")
-    ] = None,
-    limit: Annotated[
-        list[str] | None,
-        option(
-            "--limit",
-            "METRIC=LIMIT",
-            "-1pt, -1%, +2%, 25%, '3 ms', '2 MB' (repeatable)",
-            complete="metrics",
-            after="=",
-        ),
-    ] = None,
+    best: Best = None,
+    limit: Limits = None,
     metric: Annotated[
         list[str] | None,
         option("--metric", "NAME", "measure this, too (repeatable)", complete="metrics"),

@@ -82,7 +82,7 @@ _REST = "everything else"
 
 
 @dataclass(kw_only=True)
-class _Work:
+class Work:
     """What the layers of one kind do in a run."""
 
     macs: int = 0
@@ -182,7 +182,7 @@ def explain(
     made, left = _quantized(model, kind, inputs, Data(calibration=batches), chosen)
     sample = arrays_of({k: v for k, v in next(iter(batches)).items() if k in inputs.example})
     feeds = [{n: b[n] for n in inputs.example} for b in timing_inputs(batches, batch)]
-    work = _work(net, feeds[0])
+    work = work_of(net, feeds[0])
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
         places = (Path(folder) / "float", Path(folder) / "int8")
         pair: list[Candidate] = []
@@ -241,9 +241,9 @@ def _quantized(
     return settle(made), context.facts.get("left_in_float", {})
 
 
-def _work(net: nn.Module, feed: Arrays) -> dict[str, _Work]:
+def work_of(net: nn.Module, feed: Arrays) -> dict[str, Work]:
     """Count multiply-accumulates and weights read, for each kind of layer, on one batch."""
-    found: dict[str, _Work] = {}
+    found: dict[str, Work] = {}
     names = {module: name for name, module in net.named_modules()}
 
     def hook(layer: nn.Module, given: tuple[Any, ...], made: Any) -> None:
@@ -265,7 +265,7 @@ def _work(net: nn.Module, feed: Arrays) -> dict[str, _Work]:
             reads = x.shape[1 if layer.batch_first and x.dim() == 3 else 0]
             macs = x.numel() // x.shape[-1] * weights
         if weights:
-            work = found.setdefault(part, _Work())
+            work = found.setdefault(part, Work())
             work.macs, work.read = work.macs + macs, work.read + reads * weights
             work.layers.add(names[layer])
             work.depthwise += deep
@@ -293,7 +293,7 @@ def _part(operator: OperatorTime) -> str:
 def _parts(
     before: Sequence[OperatorTime],
     after: Sequence[OperatorTime],
-    work: Mapping[str, _Work],
+    work: Mapping[str, Work],
     left: Mapping[str, str],
 ) -> tuple[Part, ...]:
     def summed(operators: Sequence[OperatorTime]) -> dict[str, float]:
@@ -305,7 +305,7 @@ def _parts(
     old, new = summed(before), summed(after)
     made = []
     for name in sorted({*old, *new}, key=lambda name: -old.get(name, 0.0)):
-        own = work.get(name, _Work())
+        own = work.get(name, Work())
         stays = [left[layer] for layer in sorted(own.layers) if layer in left]
         made.append(
             Part(

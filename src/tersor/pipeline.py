@@ -132,6 +132,7 @@ def compress(
     metrics: Sequence[str] = ("size", "latency", "fidelity"),
     teacher: Model | torch.nn.Module | None = None,
     fit: Fit | None = None,
+    predicted: Sequence[tuple[float, float]] = (),
     seed: int = 0,
     threads: int | None = None,
     batch: int = 1,
@@ -154,6 +155,7 @@ def compress(
         teacher: What steps of distillation learn from; the untouched `model` by default. Fidelity
             is measured against `model` all the same.
         fit: The trainer; tersor's own by default, with the recipe's `training`.
+        predicted: By stage, what `advise` expects of it (`Advice.predicted`), for the report.
         seed: Decides every random number.
         threads: Of the target; 0 means all usable cores.
         batch: Samples in a timed batch.
@@ -177,7 +179,7 @@ def compress(
     out = Path(out)
     resolved = _resolve(recipe, goal, target, threads)
     names = _metric_names(resolved, metrics)
-    data, warnings = _decide_on(data)
+    data, warnings = splits.decide_on(data)
     check(model, resolved, data, names, out)
     check_training(resolved, data, fit)
     inputs = make_inputs(model, data)
@@ -214,6 +216,7 @@ def compress(
             work=work,
             teacher=None if guide is None else guide.net,
             display=display,
+            predicted=predicted,
             warnings=[*model.notes, *warnings],
         )
         before = run.start()
@@ -276,17 +279,6 @@ def _metric_names(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         plugins.metric(name)
     return names
-
-
-def _decide_on(data: Data) -> tuple[Data, list[str]]:
-    """Make sure that decisions and the final figures come from different samples."""
-    if data.test is None:
-        raise DataError("the data have no split 'test'; the final figures are measured on it")
-    warnings = splits.leaks(data)
-    if data.validation is None:
-        data, note = splits.split_validation(data)
-        warnings.append(note)
-    return data, warnings
 
 
 def _write(

@@ -50,7 +50,7 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trial:
+class Trial:
     """One attempt at a stage; without a state it could not be applied."""
 
     stage: tuple[Any, ...]
@@ -61,9 +61,11 @@ class _Trial:
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
+        """What was measured of the network."""
         return () if self.state is None else tuple(self.state.scores.measurements.values())
 
     def plain(self) -> dict[str, Any]:
+        """Return what a report says of an attempt."""
         return {
             "settings": [_settings(c) for c in self.stage],
             "reason": self.decision.reason,
@@ -71,6 +73,7 @@ class _Trial:
         }
 
     def close(self) -> None:
+        """Free the network on the target."""
         if self.state is not None:
             self.state.candidate.close()
 
@@ -91,6 +94,8 @@ class Run:
     teacher: Any = None
     display: Track
     warnings: list[str] = field(default_factory=list)
+    predicted: Sequence[tuple[float, float]] = ()
+    """Of each stage, how many times better the goal's metric was to become."""
     first: State | None = None
     """The untouched network, once it was measured."""
 
@@ -114,14 +119,14 @@ class Run:
         name = stage_name(stage)
         rejected: list[Mapping[str, Any]] = []
         folder = workspace.begin(self.work, index)
-        trial = self._try(index, 0, stage, before, folder)
+        trial = self.trial(index, 0, stage, before, folder)
         while trial.decision.too_strong and len(rejected) < WEAKER_TRIES:
             weaker = _weaker(trial.stage)
             if weaker is None:
                 break
             trial.close()
             rejected.append(trial.plain())
-            trial = self._try(index, len(rejected), weaker, before, folder)
+            trial = self.trial(index, len(rejected), weaker, before, folder)
         done = StageReport(
             name=name,
             verdict=self._verdict(trial, bool(rejected)),
@@ -132,6 +137,7 @@ class Run:
             settings=tuple(_settings(c) for c in trial.stage),
             facts=trial.facts,
             attempts=tuple(rejected),
+            predicted=self.predicted[index] if index < len(self.predicted) else None,
         )
         after = trial.state
         if after is None or not trial.decision.keep:
@@ -186,10 +192,18 @@ class Run:
 
         return onnx.load(folder / "network.onnx")
 
-    def _try(
+    def trial(
         self, index: int, attempt: int, stage: tuple[Any, ...], before: State, folder: Path
-    ) -> "_Trial":
-        """Apply a stage and judge it; with a goal, one that does not fit is judged for that."""
+    ) -> "Trial":
+        """Apply a stage and judge it; with a goal, one that does not fit is judged for that.
+
+        Args:
+            index: Of the stage.
+            attempt: At it.
+            stage: Configs of its steps.
+            before: What it is applied to, and compared with.
+            folder: For its files.
+        """
         try:
             after, facts = self._apply(index, attempt, stage, before, folder)
         except UnfitError as error:
@@ -198,11 +212,11 @@ class Run:
             unfit = Decision(
                 keep=False, reason=f"cannot be applied: {error}", too_strong=error.too_strong
             )
-            return _Trial(stage=stage, decision=unfit)
+            return Trial(stage=stage, decision=unfit)
         decision, speed = self._judge(before, after)
-        return _Trial(stage=stage, decision=decision, state=after, speed=speed, facts=facts)
+        return Trial(stage=stage, decision=decision, state=after, speed=speed, facts=facts)
 
-    def _verdict(self, trial: "_Trial", weakened: bool) -> Verdict:
+    def _verdict(self, trial: "Trial", weakened: bool) -> Verdict:
         if self.recipe.goal is None:
             return "applied"
         if not trial.decision.keep:

@@ -51,6 +51,8 @@ class StageReport:
     """What the techniques recorded, by technique."""
     attempts: tuple[Mapping[str, Any], ...] = ()
     """Every try before the last one: settings, measurements, reason."""
+    predicted: tuple[float, float] | None = None
+    """How many times better `advise` predicted that the goal's metric would become: from, to."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,21 @@ def split_validation(data: Data) -> tuple[Data, str]:
     return made, note
 
 
+def decide_on(data: Data) -> tuple[Data, list[str]]:
+    """Make sure that decisions and the final figures come from different samples.
+
+    Raises:
+        DataError: there is no split `test`.
+    """
+    if data.test is None:
+        raise DataError("the data have no split 'test'; the final figures are measured on it")
+    warnings = leaks(data)
+    if data.validation is None:
+        data, note = split_validation(data)
+        warnings.append(note)
+    return data, warnings
+
+
 def leaks(data: Data) -> list[str]:
     """Warn of splits that must differ and have the same samples in the same order."""
     hashes = {name: _digest(getattr(data, name)) for name in ("calibration", "validation", "test")}

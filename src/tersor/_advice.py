@@ -1,0 +1,177 @@
+"""What `advise` tries: ideas by the kind of network, the target and the goal, strongest first."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from tersor.core import plugins
+from tersor.core.context import Data
+from tersor.core.hardware import probe
+from tersor.core.runtime import Target
+
+SHARES = (0.5, 0.65, 0.8)
+"""Of the latency, or of the parameters, that a smaller network is to keep."""
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idea:
+    """A stage that may help, and why."""
+
+    stage: tuple[Any, ...]
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What decides which ideas there are."""
+
+    shares: Mapping[str, float]
+    """Of the multiply-accumulates, by kind of layer."""
+    depthwise: bool
+    norms: bool
+    """Whether batch norms stand in it."""
+    target: Target
+    data: Data
+    best: str
+    epochs: float
+    """Of recovery that there is time for."""
+
+    def share(self, kind: str) -> float:
+        """Return a kind's share of the multiply-accumulates."""
+        return self.shares.get(kind, 0.0)
+
+
+def facts_of(
+    net: nn.Module,
+    work: Mapping[str, Any],
+    target: Target,
+    data: Data,
+    best: str,
+    epochs: float,
+) -> Facts:
+    """Gather them.
+
+    Args:
+        net: The network.
+        work: By kind of layer, as `explainer.work_of` counts it.
+        target: Where it is to run.
+        data: Batches by role.
+        best: The goal's metric.
+        epochs: Of recovery, at most.
+    """
+    total = sum(each.macs for each in work.values()) or 1
+    return Facts(
+        shares={kind: each.macs / total for kind, each in work.items()},
+        depthwise=any(each.depthwise for each in work.values()),
+        norms=any(isinstance(module, _NORMS) for module in net.modules()),
+        target=target,
+        data=data,
+        best=best,
+        epochs=epochs,
+    )
+
+
+def config(name: str, **settings: Any) -> Any:
+    """Return a step of a recipe."""
+    return plugins.technique(name).config(**settings)
+
+
+def preparations(facts: Facts) -> list[Idea]:
+    """List what changes no output and may help the runtime, or the steps after it."""
+    found = []
+    if facts.norms:
+        found.append(
+            Idea(
+                stage=(config("fuse_batch_norm"),),
+                why="batch norms cost a pass over memory each, and ranges are better without them",
+            )
+        )
+    if facts.share("linear layers") > 0.2:
+        for name, why in (
+            ("fuse_qkv", "three products of one input are one larger product"),
+            ("fuse_attention", "attention in one operator keeps its scores out of memory"),
+            ("fuse_norm_linear", "a norm's scale and shift are part of the products after it"),
+        ):
+            found.append(Idea(stage=(config(name),), why=why))
+    return found
+
+
+def quantizers(facts: Facts) -> list[Idea]:
+    """List ways to compute, or to store, in fewer bits; one of them is taken."""
+    if facts.best == "size":
+        return [
+            Idea(stage=(config("weight_only", bits=4),), why="weights of 4 bits are an eighth"),
+            Idea(stage=(config("weight_only"),), why="weights of 8 bits are a quarter"),
+            Idea(stage=(config("static"),), why="weights of 8 bits are a quarter, and compute so"),
+        ]
+    found = []
+    runtime = plugins.runtime(facts.target.runtime)
+    fast = "8-bit integers do more of the arithmetic at once, and weights are a quarter to read"
+    if facts.share("recurrent layers") < 0.5:
+        found.append(Idea(stage=(config("static"),), why=fast))
+        if facts.depthwise or facts.share("linear layers") > 0.5:
+            found.append(
+                Idea(
+                    stage=(config("equalize"), config("static"), config("bias_correction")),
+                    why=f"{fast}; channels of unlike ranges are made alike first",
+                )
+            )
+    if facts.share("linear layers") + facts.share("recurrent layers") > 0.3:
+        found.append(
+            Idea(
+                stage=(config("dynamic"),),
+                why="weights of 8 bits are a quarter to read, and activations need no calibration",
+            )
+        )
+    if runtime.halves(facts.target.device):
+        flags = probe().flags
+        if facts.target.device == "cuda":
+            found.append(
+                Idea(stage=(config("half", format="fp16"),), why="tensor cores compute in fp16")
+            )
+        elif {"avx512_bf16", "amx_bf16", "bf16"} & set(flags):
+            found.append(
+                Idea(stage=(config("half"),), why="the processor multiplies bf16 natively")
+            )
+    return found
+
+
+def shrinkers(facts: Facts) -> list[list[Idea]]:
+    """List families of smaller networks; of each, the strongest that can recover is taken."""
+    recovery = config("distill_logits", epochs=facts.epochs)
+    families = []
+    measure = "parameters" if facts.best == "size" else "latency"
+    layers, channels = [], []
+    for share in SHARES:
+        if measure == "latency":
+            drop = config("drop_layers", latency=share)
+            layers.append(
+                Idea(
+                    stage=(drop, recovery),
+                    why="whole residual blocks go, with all that it costs to start them",
+                )
+            )
+        cut = config("channels", **{measure: share}, ranking="global_normalized")
+        channels.append(
+            Idea(stage=(cut, recovery), why="narrower layers multiply less and move less")
+        )
+    if layers:
+        families.append(layers)
+    if facts.share("recurrent layers") < 0.5:
+        families.append(channels)
+    return families
+
+
+def trained(stage: Sequence[Any], epochs: float) -> tuple[Any, ...]:
+    """Return the stage with its recovery so many passes long."""
+    return tuple(replace(c, epochs=epochs) if hasattr(c, "epochs") else c for c in stage)
+
+
+def lacking(stage: Sequence[Any], data: Data) -> str:
+    """Say which batches the stage needs that are not there; empty: none."""
+    needs = {need for step in stage for need in plugins.technique_of(step).needs}
+    absent = [n for n in ("calibration", "train") if n in needs and getattr(data, n) is None]
+    return f"needs {' and '.join(absent)} batches; the data have none" if absent else ""

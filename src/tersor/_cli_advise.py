@@ -1,0 +1,191 @@
+"""`tersor advise`, and the recipe `auto`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor._cli_talk import Progress, paragraph, show, show_json, table, tell
+
+if TYPE_CHECKING:
+    from tersor.advisor import Advice
+    from tersor.core.context import Data, Fit
+    from tersor.core.goal import Goal
+    from tersor.core.model import Model
+    from tersor.core.recipe import Recipe
+    from tersor.core.runtime import Target
+
+AUTO = "auto"
+"""The recipe that advise finds."""
+
+
+def advise(
+    model: str,
+    *,
+    data: str,
+    goal: "Goal | None",
+    target: "Target | None",
+    batch: int,
+    threads: int | None,
+    minutes: float,
+    weights: Path | None,
+    partial: bool,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Try steps, and print the recipe of those that pay."""
+    from dataclasses import replace
+
+    from tersor import advisor, pipeline
+    from tersor.core.errors import RecipeError
+    from tersor.core.runtime import Target
+
+    if out is not None and out.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"--out {str(out)!r} must end in .yaml")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise RecipeError(f"--out {str(out)!r}: the folder does not exist")
+    chosen = target or Target(runtime="onnxruntime")
+    if threads is not None:
+        chosen = replace(chosen, options={**chosen.options, "threads": threads})
+    loaded = pipeline.load(model, weights=weights, partial=partial)
+    for note in loaded.notes:
+        tell(note)
+    found = advisor.advise(
+        loaded,
+        pipeline.load_data(data),
+        target=chosen,
+        goal=goal,
+        batch=batch,
+        minutes=minutes,
+        display=Progress(),
+    )
+    if out is not None:
+        out.write_text(_yaml(found), encoding="utf-8")
+    if as_json:
+        show_json({"advice": plain(found)})
+    else:
+        show(_told(found, model, data, out))
+    for warning in found.warnings:
+        tell(f"warning: {warning}")
+    return 0
+
+
+def recipe_of(
+    out: Path,
+    model: "Model",
+    data: "Data",
+    *,
+    goal: "Goal | None",
+    target: "Target",
+    batch: int,
+    seed: int,
+    fit: "Fit | None",
+    resume: bool,
+) -> tuple["Recipe", Sequence[tuple[float, float]]]:
+    """Return the recipe that advise finds, with what it predicts; of a resumed run, the same again.
+
+    Raises:
+        UnfitError: nothing pays.
+    """
+    from tersor import advisor
+    from tersor.core import files
+    from tersor.core.errors import UnfitError
+    from tersor.core.recipe import Recipe
+
+    kept = kept_of(out)
+    if resume and kept.is_file():
+        raw = json.loads(kept.read_text(encoding="utf-8"))
+        return Recipe.parse(raw["recipe"], where=kept.name), [tuple(x) for x in raw["predicted"]]
+    tell("trying what may help; every step is measured")
+    found = advisor.advise(
+        model,
+        data,
+        target=target,
+        goal=goal,
+        batch=batch,
+        fit=fit,
+        seed=seed,
+        display=Progress(),
+    )
+    if not found.suggestions:
+        reasons = "; ".join(f"{_names(r.stage)}: {r.reason}" for r in found.refusals)
+        raise UnfitError(f"advise found nothing that pays: {reasons}")
+    for each in found.suggestions:
+        tell(f"  {_names(each.stage)}: {_range(each.gain)} predicted; {each.why}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    content = {"recipe": found.recipe, "predicted": found.predicted}
+    files.replace_file(kept, json.dumps(content, indent=1).encode())
+    return Recipe.parse(found.recipe), found.predicted
+
+
+def kept_of(out: Path) -> Path:
+    """Return where the advice is kept until the run that follows it is done."""
+    return out.with_name(out.name + ".advice.json")
+
+
+def plain(found: "Advice") -> Mapping[str, Any]:
+    """Return advice as plain data, with steps as they stand in a recipe."""
+    from tersor.core.recipe import plain_step
+
+    made = dict(vars(found))
+    made["suggestions"] = [
+        {**vars(each), "stage": [plain_step(c) for c in each.stage]} for each in found.suggestions
+    ]
+    made["refusals"] = [
+        {"stage": [plain_step(c) for c in each.stage], "reason": each.reason}
+        for each in found.refusals
+    ]
+    return made
+
+
+def _told(found: "Advice", model: str, data: str, out: Path | None) -> str:
+    lines = []
+    if found.words:
+        lines += ["what limits it here", *(paragraph(f"- {w}", "") for w in found.words), ""]
+    rows = [
+        (_names(each.stage), _range(each.gain), each.why, each.seen) for each in found.suggestions
+    ]
+    if rows:
+        for name, gain, why, seen in rows:
+            lines += [f"{name}: {gain} predicted", paragraph(why), paragraph(f"seen: {seen}")]
+        lines += ["", f"together: {_range(found.gain)} better {found.goal.best} predicted", ""]
+    else:
+        lines += ["nothing that was tried pays", ""]
+    if found.refusals:
+        lines.append("tried, or looked at, and left out")
+        lines.append(table(("step", "why"), [(_short(r.stage), r.reason) for r in found.refusals]))
+        lines.append("")
+    if rows:
+        lines += [_yaml(found).rstrip(), ""]
+        place = str(out) if out is not None else "auto"
+        lines.append(f"do it: tersor compress {model} --data {data} --recipe {place}")
+    return "\n".join(lines)
+
+
+def _yaml(found: "Advice") -> str:
+    import yaml
+
+    reasons = "".join(
+        f"# {_names(each.stage)}: {_range(each.gain)} predicted\n#   {each.why}\n"
+        for each in found.suggestions
+    )
+    text: str = yaml.safe_dump(dict(found.recipe), sort_keys=False)
+    return reasons + text
+
+
+def _names(stage: Sequence[Any]) -> str:
+    from tersor.core.recipe import stage_name
+
+    return stage_name(tuple(stage))
+
+
+def _short(stage: Sequence[Any]) -> str:
+    """Write a stage with what its first step was told."""
+    from tersor.core.schema import changed
+
+    told = ", ".join(f"{k} {v}" for k, v in changed(stage[0]).items() if k != "ranking")
+    return f"{_names(stage)} ({told})" if told else _names(stage)
+
+
+def _range(gain: tuple[float, float]) -> str:
+    return f"{gain[0]:.2f}x to {gain[1]:.2f}x"

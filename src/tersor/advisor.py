@@ -1,0 +1,427 @@
+"""advise(): which steps are worth it for a network, a target and a goal; each one was tried.
+
+What needs no training is applied, exported and timed as `compress` would do it. What needs training
+is applied and trained for seconds: the speed of a cut network is known before its weights are, and
+how far quality is from the limit after a little training tells whether more of it can help. The
+gains that were seen become predictions, ranges, which `compress --recipe auto` keeps in the report
+beside what came out.
+"""
+
+import copy
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor import roofline, trainer
+from tersor._advice import Idea, facts_of, lacking, preparations, quantizers, shrinkers, trained
+from tersor.core import plugins
+from tersor.core.context import Batch, Data, Fit, Track, silent
+from tersor.core.errors import ModelError, RecipeError, TersorError, suggest
+from tersor.core.goal import Goal, Limit
+from tersor.core.hardware import environment, preflight, probe
+from tersor.core.model import Model
+from tersor.core.recipe import Recipe, stage_name
+from tersor.core.runtime import Target
+from tersor.explainer import work_of
+from tersor.feeds import timing_inputs
+from tersor.ops import splits
+from tersor.plan import check, make_inputs, try_forward
+from tersor.stages import Run, State, Trial
+from tersor.verdict import SPEEDS, bound_of, show
+
+GOALS = ("latency", "throughput", "size")
+TRIED_S = 20.0
+"""Seconds of training that a smaller network is given before it is judged."""
+MINUTES = 10.0
+"""Of training that a recipe may ask for, as long as nobody says otherwise."""
+HOPE = 4.0
+"""How many times the allowed loss a network may lack after those seconds."""
+MOST_EPOCHS = 5.0
+SPREAD = 1.3
+"""A gain that was seen is predicted within this factor of it, both ways."""
+WEAKER = 1.6
+"""The same downwards for steps that `compress` makes weaker where they break a limit."""
+MOST_RANGE = 1.95
+"""Upper end of a range to its lower one, at most."""
+_TIMED = 3
+"""Batches that a trainer is timed on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """A stage that pays, and what it can be expected to buy."""
+
+    stage: tuple[Any, ...]
+    """Its steps, as in a recipe."""
+    why: str
+    gain: tuple[float, float]
+    """How many times better the goal's metric becomes: from, to."""
+    seen: str
+    """What the trial showed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A stage that was tried, or looked at, and is not in the recipe."""
+
+    stage: tuple[Any, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A recipe with its reasons."""
+
+    subject: str
+    target: str
+    goal: Goal
+    batch: int
+    threads: int
+    words: tuple[str, ...]
+    """What limits the network here, from its profile."""
+    suggestions: tuple[Suggestion, ...]
+    refusals: tuple[Refusal, ...]
+    recipe: Mapping[str, Any]
+    """As plain data: what a recipe file holds."""
+    gain: tuple[float, float]
+    """Of all stages together."""
+    seconds: float
+    warnings: tuple[str, ...] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def predicted(self) -> tuple[tuple[float, float], ...]:
+        """The gain of each stage."""
+        return tuple(each.gain for each in self.suggestions)
+
+
+def advise(
+    model: Model,
+    data: Data,
+    *,
+    target: Target | None = None,
+    goal: Goal | None = None,
+    batch: int = 1,
+    minutes: float = MINUTES,
+    fit: Fit | None = None,
+    seed: int = 0,
+    display: Track = silent,
+) -> Advice:
+    """Try what may help, and return a recipe of what does; takes a minute or several.
+
+    Args:
+        model: A network in Python. Not changed.
+        data: Batches by role; without `train`, only steps that need no training.
+        target: onnxruntime:cpu by default.
+        goal: `best` is latency, throughput or size. By default latency, with at most one point of
+            accuracy lost where there are labels, else with fidelity of 99.
+        batch: Samples in a timed batch.
+        minutes: Of training that the recipe may ask for.
+        fit: The trainer; tersor's own by default.
+        seed: Decides every random number.
+        display: Progress.
+
+    Raises:
+        RecipeError: another goal. ModelError: the network is no module. DataError: no `test`.
+        TargetError: the target cannot run the network.
+    """
+    began = time.perf_counter()
+    chosen = target or Target(runtime="onnxruntime")
+    if model.form != "module":
+        raise ModelError(
+            "advise tries steps on the network, which takes a network in Python; this one has form "
+            f"{model.form!r}. Give FILE.py:FACTORY"
+        )
+    data, warnings = splits.decide_on(data)
+    wanted = goal or usual_goal(data)
+    if wanted.best not in GOALS:
+        raise RecipeError(
+            f"advise knows how to improve {', '.join(GOALS)}, not {wanted.best}."
+            f"{suggest(wanted.best, GOALS)}"
+        )
+    recipe = Recipe(stages=(), target=chosen, goal=wanted)
+    names = tuple(dict.fromkeys([wanted.best, *wanted.limits]))
+    inputs = make_inputs(model, data)
+    with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
+        check(model, recipe, data, names, Path(folder) / "out")
+        model.net.eval()
+        try_forward(model.net, inputs)
+        brief = Brief(fit or _own_fit(model, data))
+        run = Run(
+            recipe=recipe,
+            inputs=inputs,
+            data=data,
+            original=model.net,
+            names=names,
+            batch=batch,
+            seed=seed,
+            fit=brief,
+            work=Path(folder),
+            display=silent,
+        )
+        work = _Work(run=run, brief=brief, minutes=minutes)
+        try:
+            words = work.profiled()
+            for step in display(work.phases, "trying steps", len(work.phases)):
+                step()
+        finally:
+            work.close()
+    found = work.suggestions()
+    return Advice(
+        subject=model.origin,
+        target=str(chosen),
+        goal=wanted,
+        batch=batch,
+        threads=chosen.threads,
+        words=words,
+        suggestions=found,
+        refusals=tuple(work.refusals),
+        recipe=replace(recipe, stages=tuple(each.stage for each in found)).plain(),
+        gain=together([each.gain for each in found]),
+        seconds=time.perf_counter() - began,
+        warnings=(*warnings, *preflight(probe())),
+        environment=environment(),
+    )
+
+
+def usual_goal(data: Data) -> Goal:
+    """Return the goal where none is given."""
+    batch = next(iter(data.test or ()), {})
+    labels = batch.get("labels")
+    if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
+        return Goal(best="latency", limits={"accuracy": "-1pt"})
+    return Goal(best="latency", limits={"fidelity": "99"})
+
+
+def together(gains: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Multiply ranges; their halves in logarithms add up as those of independent errors do."""
+    middles = sum((math.log(low) + math.log(high)) / 2 for low, high in gains)
+    half = math.sqrt(sum(((math.log(high) - math.log(low)) / 2) ** 2 for low, high in gains))
+    return math.exp(middles - half), math.exp(middles + half)
+
+
+def _own_fit(model: Model, data: Data) -> Fit:
+    threads = 1 if data.train is None else trainer.choose_threads(model.net, data.train)
+
+    def fit(*args: Any, **settings: Any) -> nn.Module:
+        return trainer.fit(*args, threads=threads, **settings)
+
+    return fit
+
+
+class Brief:
+    """A trainer that stops after some seconds; it learns how long a pass over the data takes."""
+
+    def __init__(self, fit: Fit, seconds: float = TRIED_S) -> None:
+        self.fit, self.seconds = fit, seconds
+        self.epoch_s = 0.0
+        """Of the last training."""
+        self.epochs = 0.0
+        """Passes that it had."""
+
+    def __call__(
+        self, net: nn.Module, loss: Any, *, batches: Iterable[Batch], epochs: float, **settings: Any
+    ) -> nn.Module:
+        """Train for as long as that; the learning rate falls to zero on the way."""
+        settings.pop("checkpoint", None)
+        few = list(itertools.islice(batches, _TIMED))
+        began = time.perf_counter()
+        self.fit(copy.deepcopy(net), loss, batches=few, epochs=1.0, **settings)
+        a_batch = (time.perf_counter() - began) / max(1, len(few))
+        total = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+        self.epoch_s = a_batch * total
+        self.epochs = min(epochs, max(1, int(self.seconds / a_batch)) / max(1, total))
+        made: nn.Module = self.fit(net, loss, batches=batches, epochs=self.epochs, **settings)
+        return made
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """The trials, and what came of them."""
+
+    run: Run
+    brief: Brief
+    minutes: float
+    refusals: list[Refusal] = field(default_factory=list)
+    prepared: list[Suggestion] = field(default_factory=list)
+    shrunk: list[Suggestion] = field(default_factory=list)
+    quantized: list[Suggestion] = field(default_factory=list)
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self.first = self.run.start()
+        self.last = self.first
+        """With the preparations."""
+        run, goal = self.run, self.run.recipe.goal
+        assert goal is not None
+        self.goal = goal
+        batches = next(b for b in (run.data.calibration, run.data.validation) if b is not None)
+        names = list(run.inputs.example)
+        self.feeds = timing_inputs(({n: b[n] for n in names} for b in batches), run.batch)
+        work = work_of(run.original, self.feeds[0])
+        self.facts = facts_of(
+            run.original, work, run.recipe.target, run.data, goal.best, MOST_EPOCHS
+        )
+
+    @property
+    def phases(self) -> list[Callable[[], None]]:
+        """What is tried, in the order of trying; smaller networks come first in the recipe."""
+        return [self.prepare, self.quantize, self.shrink]
+
+    def suggestions(self) -> tuple[Suggestion, ...]:
+        """Return what pays, in the order of the recipe."""
+        return (*self.shrunk, *self.prepared, *self.quantized)
+
+    def profiled(self) -> tuple[str, ...]:
+        """Say what limits the network here; nothing where the runtime does not tell."""
+        file, target = self.first.candidate.files[0], self.first.candidate.target
+        runtime = plugins.runtime(target.runtime)
+        if file.suffix != ".onnx" or runtime.profile is None or runtime.fused is None:
+            return ()
+        found = roofline.profile(file, target, self.feeds[:4], batch=self.run.batch)
+        return found.words
+
+    def prepare(self) -> None:
+        """Try what changes no output."""
+        for idea in preparations(self.facts):
+            trial = self._tried(idea.stage, self.last)
+            if trial is None:
+                continue
+            gain = _gain(trial, self.goal.best, self.last)
+            if trial.state is None or not trial.decision.keep:
+                self._refused(idea.stage, trial)
+                continue
+            self.prepared.append(_suggestion(idea, idea.stage, gain, trial, SPREAD))
+            self._close(self.last)
+            self.last = trial.state
+
+    def quantize(self) -> None:
+        """Take the one of the number formats that buys most inside the limits."""
+        kept: list[tuple[float, Suggestion]] = []
+        for idea in quantizers(self.facts):
+            trial = self._tried(idea.stage, self.last)
+            if trial is None:
+                continue
+            gain = _gain(trial, self.goal.best, self.last)
+            if trial.decision.keep:
+                kept.append((gain, _suggestion(idea, idea.stage, gain, trial, SPREAD)))
+            else:
+                self._refused(idea.stage, trial)
+            trial.close()
+        kept.sort(key=lambda each: -each[0])
+        for gain, other in kept[1:]:
+            reason = f"{kept[0][0] / gain:.2f}x less than {stage_name(kept[0][1].stage)} buys"
+            self.refusals.append(Refusal(stage=other.stage, reason=f"{reason} ({other.seen})"))
+        self.quantized = [each for _, each in kept[:1]]
+
+    def shrink(self) -> None:
+        """Take the smallest network that seconds of training bring near enough to the limits."""
+        if self.run.data.train is None:
+            self.refusals.append(
+                Refusal(
+                    stage=shrinkers(self.facts)[0][0].stage,
+                    reason="a smaller network needs training, and the data have no train batches",
+                )
+            )
+            return
+        for family in shrinkers(self.facts):
+            for idea in family:
+                trial = self._tried(idea.stage, self.first)
+                if trial is None:
+                    break
+                near, lacks = self._near(trial)
+                gain = _gain(trial, self.goal.best, self.first)
+                state = trial.state
+                trial.close()
+                if state is None:
+                    self._refused(idea.stage, trial)
+                    break
+                if gain <= 1.05:
+                    self.refusals.append(Refusal(stage=idea.stage, reason=f"only {gain:.2f}x"))
+                    break
+                if not near:
+                    self.refusals.append(Refusal(stage=idea.stage, reason=lacks))
+                    continue
+                stage = trained(idea.stage, self._epochs())
+                made = _suggestion(idea, stage, gain, trial, WEAKER)
+                self.shrunk = [replace(made, seen=f"{made.seen}; {lacks}")]
+                return
+
+    def _epochs(self) -> float:
+        """Return as many passes as there is time for, for three tries of a stage."""
+        most = self.minutes * 60 / max(self.brief.epoch_s, 1e-3)
+        return float(f"{min(MOST_EPOCHS, max(most, self.brief.epochs)):.2g}")
+
+    def _near(self, trial: Trial) -> tuple[bool, str]:
+        """Tell whether more training may bring a network inside the limits, and what it lacks."""
+        if trial.state is None:
+            return False, trial.decision.reason
+        said, near = [], True
+        for name, text in self.goal.limits.items():
+            original = self.first.scores.measurements[name]
+            after = trial.state.scores.measurements[name]
+            bound = bound_of(name, Limit.parse(text), original)
+            sign = 1.0 if original.better == "higher" else -1.0
+            lacks = sign * (bound - after.value)
+            allowed = abs(original.value - bound)
+            near = near and lacks <= HOPE * allowed
+            said.append(f"{name} {show(after)}, limit {show(replace(after, value=bound))}")
+        return near, f"after {self.brief.epochs:.2g} epochs of training: {'; '.join(said)}"
+
+    def _tried(self, stage: tuple[Any, ...], before: State) -> Trial | None:
+        """Apply a stage; None where the network has nothing for it, or the data lack something."""
+        absent = lacking(stage, self.run.data)
+        if absent:
+            self.refusals.append(Refusal(stage=stage, reason=absent))
+            return None
+        self.number += 1
+        folder = self.run.work / f"trial-{self.number}"
+        folder.mkdir()
+        try:
+            trial = self.run.trial(0, 0, stage, before, folder)
+        except TersorError as error:
+            self.refusals.append(Refusal(stage=stage, reason=str(error)))
+            return None
+        if trial.state is None and not trial.decision.too_strong:
+            self.refusals.append(Refusal(stage=stage, reason=trial.decision.reason))
+            return None
+        return trial
+
+    def _refused(self, stage: tuple[Any, ...], trial: Trial) -> None:
+        self.refusals.append(Refusal(stage=stage, reason=trial.decision.reason))
+        trial.close()
+
+    def _close(self, state: State) -> None:
+        if state is not self.first:
+            state.candidate.close()
+
+    def close(self) -> None:
+        """Free the networks."""
+        self._close(self.last)
+        self.first.candidate.close()
+
+
+def _gain(trial: Trial, best: str, before: State) -> float:
+    """Return how many times better the goal's metric became."""
+    if trial.state is None:
+        return 1.0
+    if trial.speed is not None and best in SPEEDS:
+        return trial.speed.value
+    old, new = before.scores.measurements[best], trial.state.scores.measurements[best]
+    ratio = old.value / max(new.value, 1e-12)
+    return ratio if old.better == "lower" else 1 / max(ratio, 1e-12)
+
+
+def _suggestion(
+    idea: Idea, stage: tuple[Any, ...], gain: float, trial: Trial, below: float
+) -> Suggestion:
+    """Predict a stage's gain from its trial's."""
+    low, high = gain / below, gain * min(SPREAD, MOST_RANGE / below)
+    return Suggestion(stage=stage, why=idea.why, gain=(low, high), seen=trial.decision.reason)
