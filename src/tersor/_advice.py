@@ -79,16 +79,15 @@ def config(name: str, **settings: Any) -> Any:
     return plugins.technique(name).config(**settings)
 
 
-def preparations(facts: Facts) -> list[Idea]:
-    """List what changes no output and may help the runtime, or the steps after it."""
+def foldings(facts: Facts) -> list[Idea]:
+    """List what changes no output and helps whatever comes after it."""
+    why = "batch norms cost a pass over memory each, and ranges are better without them"
+    return [Idea(stage=(config("fuse_batch_norm"),), why=why)] if facts.norms else []
+
+
+def fusions(facts: Facts) -> list[Idea]:
+    """List what changes no output and may help the runtime, or hinder the quantizer."""
     found = []
-    if facts.norms:
-        found.append(
-            Idea(
-                stage=(config("fuse_batch_norm"),),
-                why="batch norms cost a pass over memory each, and ranges are better without them",
-            )
-        )
     if facts.share("linear layers") > 0.2:
         for name, why in (
             ("fuse_qkv", "three products of one input are one larger product"),
@@ -143,25 +142,19 @@ def shrinkers(facts: Facts) -> list[list[Idea]]:
     """List families of smaller networks; of each, the strongest that can recover is taken."""
     recovery = config("distill_logits", epochs=facts.epochs)
     families = []
+    narrower = "narrower layers multiply less and move less"
+
+    def family(step: str, name: str, why: str, **more: Any) -> list[Idea]:
+        cuts = [config(step, **{name: share}, **more) for share in SHARES]
+        return [Idea(stage=(cut, recovery), why=why) for cut in cuts]
+
+    if facts.share("recurrent layers") > 0.5:
+        return [family("student", "width", narrower)]
+    if facts.best != "size":
+        why = "whole residual blocks go, with all that it costs to start them"
+        families.append(family("drop_layers", "latency", why))
     measure = "parameters" if facts.best == "size" else "latency"
-    layers, channels = [], []
-    for share in SHARES:
-        if measure == "latency":
-            drop = config("drop_layers", latency=share)
-            layers.append(
-                Idea(
-                    stage=(drop, recovery),
-                    why="whole residual blocks go, with all that it costs to start them",
-                )
-            )
-        cut = config("channels", **{measure: share}, ranking="global_normalized")
-        channels.append(
-            Idea(stage=(cut, recovery), why="narrower layers multiply less and move less")
-        )
-    if layers:
-        families.append(layers)
-    if facts.share("recurrent layers") < 0.5:
-        families.append(channels)
+    families.append(family("channels", measure, narrower, ranking="global_normalized"))
     return families
 
 

@@ -20,14 +20,23 @@ from typing import Any
 from torch import nn
 
 from tersor import roofline, trainer
-from tersor._advice import Idea, facts_of, lacking, preparations, quantizers, shrinkers, trained
+from tersor._advice import (
+    Idea,
+    facts_of,
+    foldings,
+    fusions,
+    lacking,
+    quantizers,
+    shrinkers,
+    trained,
+)
 from tersor.core import plugins
 from tersor.core.context import Batch, Data, Fit, Track, silent
 from tersor.core.errors import ModelError, RecipeError, TersorError, suggest
 from tersor.core.goal import Goal, Limit
 from tersor.core.hardware import environment, preflight, probe
 from tersor.core.model import Model
-from tersor.core.recipe import Recipe, stage_name
+from tersor.core.recipe import Recipe
 from tersor.core.runtime import Target
 from tersor.explainer import work_of
 from tersor.feeds import timing_inputs
@@ -39,11 +48,11 @@ from tersor.verdict import SPEEDS, bound_of, show
 GOALS = ("latency", "throughput", "size")
 TRIED_S = 20.0
 """Seconds of training that a smaller network is given before it is judged."""
-MINUTES = 10.0
-"""Of training that a recipe may ask for, as long as nobody says otherwise."""
+MINUTES = 5.0
+"""Of training that a stage of the recipe may ask for, as long as nobody says otherwise."""
 HOPE = 4.0
 """How many times the allowed loss a network may lack after those seconds."""
-MOST_EPOCHS = 5.0
+MOST_EPOCHS = 20.0
 SPREAD = 1.3
 """A gain that was seen is predicted within this factor of it, both ways."""
 WEAKER = 1.6
@@ -123,7 +132,7 @@ def advise(
         goal: `best` is latency, throughput or size. By default latency, with at most one point of
             accuracy lost where there are labels, else with fidelity of 99.
         batch: Samples in a timed batch.
-        minutes: Of training that the recipe may ask for.
+        minutes: Of training that a stage of the recipe may ask for.
         fit: The trainer; tersor's own by default.
         seed: Decides every random number.
         display: Progress.
@@ -153,7 +162,7 @@ def advise(
         check(model, recipe, data, names, Path(folder) / "out")
         model.net.eval()
         try_forward(model.net, inputs)
-        brief = Brief(fit or _own_fit(model, data))
+        brief = Brief(fit or _own_fit(model, data), TRIED_S)
         run = Run(
             recipe=recipe,
             inputs=inputs,
@@ -219,7 +228,7 @@ def _own_fit(model: Model, data: Data) -> Fit:
 class Brief:
     """A trainer that stops after some seconds; it learns how long a pass over the data takes."""
 
-    def __init__(self, fit: Fit, seconds: float = TRIED_S) -> None:
+    def __init__(self, fit: Fit, seconds: float) -> None:
         self.fit, self.seconds = fit, seconds
         self.epoch_s = 0.0
         """Of the last training."""
@@ -257,8 +266,10 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.first = self.run.start()
-        self.last = self.first
-        """With the preparations."""
+        self.starts = [_Start(state=self.first)]
+        """What number formats are tried on."""
+        self.states: list[State] = []
+        """That are to be closed."""
         run, goal = self.run, self.run.recipe.goal
         assert goal is not None
         self.goal = goal
@@ -289,37 +300,54 @@ class _Work:
         return found.words
 
     def prepare(self) -> None:
-        """Try what changes no output."""
-        for idea in preparations(self.facts):
-            trial = self._tried(idea.stage, self.last)
+        """Try what changes no output: what helps whatever follows, then what may hinder it."""
+        folded = self._chain(foldings(self.facts), self.starts[0])
+        self.starts = [folded]
+        fused = self._chain(fusions(self.facts), folded)
+        if len(fused.kept) > len(folded.kept):
+            self.starts.append(fused)
+
+    def _chain(self, ideas: Sequence[Idea], start: "_Start") -> "_Start":
+        """Apply ideas one after the other, those that pay."""
+        for idea in ideas:
+            trial = self._tried(idea.stage, start.state)
             if trial is None:
                 continue
-            gain = _gain(trial, self.goal.best, self.last)
+            gain = _gain(trial, self.goal.best, start.state)
             if trial.state is None or not trial.decision.keep:
                 self._refused(idea.stage, trial)
                 continue
-            self.prepared.append(_suggestion(idea, idea.stage, gain, trial, SPREAD))
-            self._close(self.last)
-            self.last = trial.state
+            self.states.append(trial.state)
+            made = _suggestion(idea, idea.stage, gain, trial, SPREAD)
+            start = _Start(
+                state=trial.state, kept=(*start.kept, made), gain=start.gain * max(gain, 1.0)
+            )
+        return start
 
     def quantize(self) -> None:
-        """Take the one of the number formats that buys most inside the limits."""
-        kept: list[tuple[float, Suggestion]] = []
-        for idea in quantizers(self.facts):
-            trial = self._tried(idea.stage, self.last)
-            if trial is None:
-                continue
-            gain = _gain(trial, self.goal.best, self.last)
-            if trial.decision.keep:
-                kept.append((gain, _suggestion(idea, idea.stage, gain, trial, SPREAD)))
-            else:
-                self._refused(idea.stage, trial)
-            trial.close()
-        kept.sort(key=lambda each: -each[0])
-        for gain, other in kept[1:]:
-            reason = f"{kept[0][0] / gain:.2f}x less than {stage_name(kept[0][1].stage)} buys"
-            self.refusals.append(Refusal(stage=other.stage, reason=f"{reason} ({other.seen})"))
-        self.quantized = [each for _, each in kept[:1]]
+        """Take the one of the number formats that buys most inside the limits, fused or not."""
+        best = max(self.starts, key=lambda each: each.gain)
+        most, self.prepared = best.gain, list(best.kept)
+        found: list[tuple[float, Suggestion]] = []
+        for start in self.starts:
+            for idea in quantizers(self.facts):
+                trial = self._tried(idea.stage, start.state)
+                if trial is None:
+                    continue
+                gain = _gain(trial, self.goal.best, start.state)
+                if not trial.decision.keep:
+                    self._refused(idea.stage, trial)
+                    continue
+                trial.close()
+                made = _suggestion(idea, idea.stage, gain, trial, SPREAD)
+                found.append((gain * start.gain, made))
+                if gain * start.gain > most:
+                    most = gain * start.gain
+                    self.prepared, self.quantized = list(start.kept), [made]
+        for total, other in found:
+            if other not in self.quantized:
+                reason = f"{most / total:.2f}x less than what is taken ({other.seen})"
+                self.refusals.append(Refusal(stage=other.stage, reason=reason))
 
     def shrink(self) -> None:
         """Take the smallest network that seconds of training bring near enough to the limits."""
@@ -355,7 +383,7 @@ class _Work:
                 return
 
     def _epochs(self) -> float:
-        """Return as many passes as there is time for, for three tries of a stage."""
+        """Return as many passes as there is time for."""
         most = self.minutes * 60 / max(self.brief.epoch_s, 1e-3)
         return float(f"{min(MOST_EPOCHS, max(most, self.brief.epochs)):.2g}")
 
@@ -398,14 +426,19 @@ class _Work:
         self.refusals.append(Refusal(stage=stage, reason=trial.decision.reason))
         trial.close()
 
-    def _close(self, state: State) -> None:
-        if state is not self.first:
-            state.candidate.close()
-
     def close(self) -> None:
         """Free the networks."""
-        self._close(self.last)
-        self.first.candidate.close()
+        for state in (self.first, *self.states):
+            state.candidate.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """A network with what was done to it so far."""
+
+    state: State
+    kept: tuple[Suggestion, ...] = ()
+    gain: float = 1.0
 
 
 def _gain(trial: Trial, best: str, before: State) -> float:
