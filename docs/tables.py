@@ -90,6 +90,7 @@ def rendered(text: str, *, chinese: bool) -> str:
         "everywhere_resnet20_int8": lambda _: everywhere("resnet20-int8"),
         "everywhere_minilm": lambda _: everywhere("minilm"),
         "gpu": lambda _: on_gpu(),
+        "advice": lambda _: advised(),
     }
     for marker, write in writers.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
@@ -838,6 +839,49 @@ def everywhere(network: str) -> str:
         + f"\nBatch {made['batch']}, {made['threads']} thread, split {made['split']}. Speed is "
         f"that of the first row, interleaved, with a 95 % interval.{busy}\n" + told
     )
+
+
+def advised() -> str:
+    """One row a workload: the recipe found, beside the one made by hand."""
+    found, made = stored("advice"), stored("handmade")
+    if found is None or made is None:
+        return ""
+    by_hand = {row["workload"]: row for row in made["results"]}
+    head = ["network", "found", "speed", "quality", "by hand", "speed", "quality", "predicted"]
+    rows, inside, count = [], 0, 0
+    for row in found["results"]:
+        hand = by_hand[row["workload"]]
+        told = []
+        for stage in row["stages"]:
+            if stage["predicted"] and stage["speed"]:
+                low, high = stage["predicted"]
+                value = stage["speed"]["value"]
+                holds = low <= value <= high
+                inside, count = inside + holds, count + 1
+                mark = "" if holds else " (outside)"
+                told.append(f"{low:.2f} to {high:.2f}, came {value:.2f}{mark}")
+        rows.append(
+            [
+                row["workload"],
+                *_reached(row),
+                *_reached(hand),
+                "; ".join(told),
+            ]
+        )
+    return table(head, rows) + f"\n{inside} of {count} stages came out inside the range.\n"
+
+
+def _reached(row: dict[str, Any]) -> list[str]:
+    stages = [s["name"] for s in row["stages"] if s["verdict"] in ("kept", "weakened")]
+    speed, quality = row["speed"], row["quality"]["metric"]
+    before, after = (row[side][quality] for side in ("before", "after"))
+    unit = " %" if after["unit"] == "%" else ""
+    held = "" if row["reached"] else ", limit not reached"
+    return [
+        ", ".join(stages),
+        f"{speed['value']:.2f}x [{speed['low']:.2f}, {speed['high']:.2f}]",
+        f"{before['value']:.2f}{unit} → {after['value']:.2f}{unit}{held}",
+    ]
 
 
 def on_gpu() -> str:

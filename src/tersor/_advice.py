@@ -79,23 +79,21 @@ def config(name: str, **settings: Any) -> Any:
     return plugins.technique(name).config(**settings)
 
 
-def foldings(facts: Facts) -> list[Idea]:
-    """List what changes no output and helps whatever comes after it."""
-    why = "batch norms cost a pass over memory each, and ranges are better without them"
-    return [Idea(stage=(config("fuse_batch_norm"),), why=why)] if facts.norms else []
-
-
-def fusions(facts: Facts) -> list[Idea]:
-    """List what changes no output and may help the runtime, or hinder the quantizer."""
-    found = []
+def preparations(facts: Facts) -> list[list[Idea]]:
+    """List what changes no output and may help the runtime; each group may hinder quantizers."""
+    groups = []
+    if facts.norms:
+        why = "batch norms cost a pass over memory each, and ranges are better without them"
+        groups.append([Idea(stage=(config("fuse_batch_norm"),), why=why)])
     if facts.share("linear layers") > 0.2:
-        for name, why in (
+        ones = (
             ("fuse_qkv", "three products of one input are one larger product"),
-            ("fuse_attention", "attention in one operator keeps its scores out of memory"),
             ("fuse_norm_linear", "a norm's scale and shift are part of the products after it"),
-        ):
-            found.append(Idea(stage=(config(name),), why=why))
-    return found
+        )
+        groups.append([Idea(stage=(config(name),), why=why) for name, why in ones])
+        why = "attention in one operator keeps its scores out of memory"
+        groups.append([Idea(stage=(config("fuse_attention"),), why=why)])
+    return groups
 
 
 def quantizers(facts: Facts) -> list[Idea]:

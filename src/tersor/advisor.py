@@ -23,9 +23,8 @@ from tersor import roofline, trainer
 from tersor._advice import (
     Idea,
     facts_of,
-    foldings,
-    fusions,
     lacking,
+    preparations,
     quantizers,
     shrinkers,
     trained,
@@ -300,12 +299,11 @@ class _Work:
         return found.words
 
     def prepare(self) -> None:
-        """Try what changes no output: what helps whatever follows, then what may hinder it."""
-        folded = self._chain(foldings(self.facts), self.starts[0])
-        self.starts = [folded]
-        fused = self._chain(fusions(self.facts), folded)
-        if len(fused.kept) > len(folded.kept):
-            self.starts.append(fused)
+        """Try what changes no output, group by group."""
+        for group in preparations(self.facts):
+            after = self._chain(group, self.starts[-1])
+            if after is not self.starts[-1]:
+                self.starts.append(after)
 
     def _chain(self, ideas: Sequence[Idea], start: "_Start") -> "_Start":
         """Apply ideas one after the other, those that pay."""
