@@ -2,10 +2,10 @@
 
     python benchmarks/advice.py [--workloads resnet56,gpt,...]
 
-Each workload goes through `tersor compress --recipe auto`, in a process of its own, on one thread, with
-the goal of the recipe in benchmarks/recipes. A row holds what benchmarks/handmade.py stores, and of
-each stage the gain that was predicted and the one that came out. Needs the shared workloads. Writes
-benchmarks/results/advice.json.
+Each workload goes through `tersor compress --recipe auto`, in a process of its own, on one thread,
+with the goal of the recipe in benchmarks/recipes. A row holds what benchmarks/handmade.py stores,
+and of each stage the gain that was predicted and the one that came out. Needs the shared workloads.
+Writes benchmarks/results/advice.json.
 """
 
 import argparse

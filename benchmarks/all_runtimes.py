@@ -11,6 +11,7 @@ Writes benchmarks/results/all_runtimes.json, a network at a time.
 
 import argparse
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -38,6 +39,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "all_runtimes.json")
     asked = parser.parse_args()
     for name in asked.networks.split(","):
+        if elsewhere(name):
+            continue
         made = surveyed(name, asked)
         rows = [row for row in stored(asked.out) if row["network"] != name]
         result = {
@@ -96,42 +99,29 @@ def quantized(net: Any, inputs: Any, calibration: Any) -> Any:
 
 
 def minilm() -> tuple[Any, Any, Any]:
-    """Let the environment that has transformers export MiniLM as a program, and read that."""
-    from quantization_peers import make_environment
-
+    """Load MiniLM as its module, and the test sentences."""
     from tersor import pipeline
-    from tersor.plan import make_inputs
-
-    make_environment("minilm")
-    folder = ROOT / "build" / "all_runtimes"
-    folder.mkdir(parents=True, exist_ok=True)
-    python = ROOT / ".environments" / "minilm" / "bin" / "python"
-    words = [str(python), str(Path(__file__).resolve()), "--export-minilm", str(folder)]
-    around = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    subprocess.run(words, check=True, env=around)
-    model = pipeline.load(str(folder / "minilm.pt2"))
-    data = pipeline.load_data(f"arrays:{folder / 'sentences.npz'}")
-    return model, data, make_inputs(model, data)
-
-
-def export_minilm(folder: Path) -> None:
-    """Run by the environment that has transformers: write the program, and the test sentences."""
-    import numpy as np
-    import torch
-
-    from tersor import pipeline
-    from tersor.ops.lower import lower
     from tersor.plan import make_inputs
 
     sys.path.insert(0, str(SENTENCES.parent))
     sentences = importlib.import_module(SENTENCES.stem)
     model = pipeline.load(f"huggingface:{sentences.folder()}")
     data = pipeline.load_data(f"{SENTENCES}:data")
-    program = lower(model.net, "exported", make_inputs(model, data))
-    torch.export.save(program, folder / "minilm.pt2")
-    names = next(iter(data.test))
-    arrays = {f"test_{n}": torch.cat([b[n] for b in data.test]).numpy() for n in names}
-    np.savez(folder / "sentences.npz", **arrays)
+    return model, data, make_inputs(model, data)
+
+
+def elsewhere(name: str) -> bool:
+    """Survey MiniLM in the environment that has transformers, where this one has not."""
+    if name != "minilm" or importlib.util.find_spec("transformers") is not None:
+        return False
+    from quantization_peers import make_environment
+
+    make_environment("minilm")
+    python = ROOT / ".environments" / "minilm" / "bin" / "python"
+    words = [str(python), str(Path(__file__).resolve()), *sys.argv[1:], "--networks", name]
+    around = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run(words, check=True, env=around)
+    return True
 
 
 def told(items: Any, what: Any, total: Any = None) -> Any:
@@ -141,7 +131,4 @@ def told(items: Any, what: Any, total: Any = None) -> Any:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--export-minilm"]:
-        export_minilm(Path(sys.argv[2]))
-        sys.exit(0)
     sys.exit(main())
