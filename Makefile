@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(BIN)/tersor demo --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m 'not gpu and not network'

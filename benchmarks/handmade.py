@@ -16,12 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _networks import RESULTS, SHARED, stored, write
 
+KEPT = ("name", "verdict", "reason", "settings", "seconds", "speed", "predicted")
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -71,8 +73,16 @@ def main() -> int:
     return 0
 
 
-def run(name: str, recipe: Path, *, threads: int = 1) -> dict[str, Any]:
-    """Compress a workload with a recipe file, and return what the report says of it.
+def run(
+    name: str, recipe: Path | str, *, threads: int = 1, words: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Compress a workload with a recipe, and return what the report says of it.
+
+    Args:
+        name: Of the workload.
+        recipe: A file, or a name.
+        threads: Of the target.
+        words: Further ones of the command line.
 
     Raises:
         RuntimeError: `tersor compress` wrote no artifact, with what it said.
@@ -84,6 +94,7 @@ def run(name: str, recipe: Path, *, threads: int = 1) -> dict[str, Any]:
         command = [sys.executable, "-m", "tersor", "compress", f"{script}:{workload.factory}"]
         command += ["--data", f"{script}:{workload.data}", "--recipe", str(recipe)]
         command += ["--threads", str(threads), "--batch", "1", "--out", str(out), "--json"]
+        command += words
         done = subprocess.run(
             command,
             capture_output=True,
@@ -109,7 +120,7 @@ def row(name: str, report: dict[str, Any]) -> dict[str, Any]:
         "after": _measured(report["after"], metrics),
         "stages": [
             {
-                **{key: stage[key] for key in ("name", "verdict", "reason", "settings", "seconds")},
+                **{key: stage.get(key) for key in KEPT},
                 "attempts": [
                     {"settings": attempt["settings"], "reason": attempt["reason"]}
                     for attempt in stage["attempts"]
