@@ -67,7 +67,9 @@ def described(
     if server is None:
         raise RecipeError("--link needs --server, the machine at its other end, such as l4")
     if len(chosen) != 1:
-        raise RecipeError(f"--link is between one device and a server; {len(chosen)} machines given")
+        raise RecipeError(
+            f"--link is between one device and a server; {len(chosen)} machines given"
+        )
     if edge_link and not edge:
         raise RecipeError("--edge-link needs --edge, the machine at its other end")
     away, near = find(server), None if edge is None else find(edge)
@@ -111,23 +113,25 @@ def _counted(
     from tersor.core.packing import unpacked
 
     python = not Path(model).exists()
-    with placed(
-        model,
-        data=data,
-        target="onnxruntime" if python else None,
-        batch=batch,
-        threads=None,
-        split="test",
-        weights=weights,
-        partial=partial,
-    ) as (place, make):
-        with unpacked(place.files[0]) as file:
-            if file.suffix != ".onnx":
-                raise ModelError(
-                    f"the work in {file.name!r} cannot be counted; give the network it was made "
-                    "from, or its .onnx file"
-                )
-            return onnx.load(file), make(batch)[0]
+    with (
+        placed(
+            model,
+            data=data,
+            target="onnxruntime" if python else None,
+            batch=batch,
+            threads=None,
+            split="test",
+            weights=weights,
+            partial=partial,
+        ) as (place, make),
+        unpacked(place.files[0]) as file,
+    ):
+        if file.suffix != ".onnx":
+            raise ModelError(
+                f"the work in {file.name!r} cannot be counted; give the network it was made "
+                "from, or its .onnx file"
+            )
+        return onnx.load(file), make(batch)[0]
 
 
 def _comparison(
@@ -208,6 +212,10 @@ def _words(found: "Prediction") -> str:
     lines = [f"{machine.name}: {machine.what}"]
     if found.reason:
         return "\n".join([*lines, paragraph(f"- cannot run it: {found.reason}", "  ")])
+    if found.plain is not None and found.plain.format == "int8":
+        alone = machine.formats == ("int8",)
+        why = "it computes in 8-bit integers alone" if alone else "other formats do not fit"
+        lines.append(paragraph(f"- needs static: {why}", "  "))
     for gain in found.gains:
         text = f"- {gain.technique}: {gain.low:.2f}x to {gain.high:.2f}x; {gain.why}"
         lines.append(paragraph(text, "  "))
@@ -224,12 +232,12 @@ def _note(found: "Sequence[Prediction]") -> str:
     silent = [e.machine.name for e in found if not e.machine.start_us]
     text = (
         f"{first.macs / 1e6:.1f} million multiply-accumulates in {first.operators} operators. "
-        "Predicted from what vendors document, not measured: each roof reached at 80 % to 10 %. "
+        "Predicted from documents, not measured there: each roof reached at 80 % to 10 %. "
     )
     if silent:
         text += (
             "Starting an operator is not in the figures where what it costs is not known "
-            f"({', '.join(silent)}): small networks take longer there, on GPUs above all. "
+            f"({', '.join(silent)}): small networks take longer there. "
         )
     return text + "Measure on the machine before you decide between ranges that overlap."
 

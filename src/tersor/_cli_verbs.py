@@ -55,7 +55,7 @@ def show(
         str | None,
         argument(
             "NAME",
-            "a technique, recipe, runtime, metric, source, dataset or deployment",
+            "a technique, recipe, runtime, metric, dataset, machine ...",
             autocompletion=lambda: names("any"),
         ),
     ] = None,

@@ -12,15 +12,15 @@ from tersor.core.machine import WIDTHS
 if TYPE_CHECKING:
     from tersor.described import Estimate, Gain, Graph, Prediction
 
+    Told = Gain | tuple[str, str]  # what it buys, or the technique and why it buys nothing
+
 LEAST = 1.05
 """Times as fast, below which a gain is none."""
 CUT = 0.25
 """Share of channels, or of layers, whose removal is spoken of."""
 
 
-def gains(
-    graph: "Graph", found: "Prediction"
-) -> tuple[tuple["Gain", ...], dict[str, str]]:
+def gains(graph: "Graph", found: "Prediction") -> tuple[tuple["Gain", ...], dict[str, str]]:
     """Tell what each technique buys over the network as it is, and what buys nothing, and why."""
     plain = found.plain
     assert plain is not None
@@ -28,6 +28,8 @@ def gains(
     useless: dict[str, str] = {}
     for step in (_integers, _half, _channels, _weight_only, _fewer_layers, _two_of_four):
         gain = step(graph, found, plain)
+        if gain is None:
+            continue
         if isinstance(gain, tuple):
             useless[gain[0]] = gain[1]
         else:
@@ -35,7 +37,7 @@ def gains(
     return tuple(sorted(made, key=lambda gain: -gain.high)), useless
 
 
-def _gain(technique: str, before: float, after: float, why: str) -> "Gain | tuple[str, str]":
+def _gain(technique: str, before: float, after: float, why: str) -> "Told":
     from tersor.described import Gain
 
     high = before / max(after, 1e-12)
@@ -45,14 +47,16 @@ def _gain(technique: str, before: float, after: float, why: str) -> "Gain | tupl
 
 
 def _middle(
-    graph: "Graph", found: "Prediction", plain: "Estimate", on_chip: bool | None = None, **more: float
+    graph: "Graph",
+    found: "Prediction",
+    plain: "Estimate",
+    on_chip: bool | None = None,
+    **more: float,
 ) -> float:
     from tersor.described import MIDDLE, seconds
 
     kept = plain.on_chip if on_chip is None else on_chip
-    spent = seconds(
-        graph, found.machine, plain.format, graph.operators, on_chip=kept, **more
-    )
+    spent = seconds(graph, found.machine, plain.format, graph.operators, on_chip=kept, **more)
     return spent.total_ms(MIDDLE)
 
 
@@ -60,14 +64,12 @@ def _of(found: "Prediction", name: str) -> "Estimate | None":
     return next((each for each in found.able if each.format == name), None)
 
 
-def _integers(
-    graph: "Graph", found: "Prediction", plain: "Estimate"
-) -> "Gain | tuple[str, str]":
+def _integers(graph: "Graph", found: "Prediction", plain: "Estimate") -> "Told | None":
     machine, made = found.machine, _of(found, "int8")
     if made is None:
         return "static", "it has no arithmetic for 8-bit integers"
     if plain.format == "int8":
-        return "static", "the figures are those of int8 already, which is needed to run at all"
+        return None  # no choice: it is needed to run at all
     ratio = machine.gops["int8"] / machine.gops[plain.format]
     why = f"int8 arithmetic is {ratio:.1f}x as fast as {plain.format}, and bytes are fewer"
     if made.on_chip and not plain.on_chip:
@@ -80,7 +82,7 @@ def _integers(
     )
 
 
-def _half(graph: "Graph", found: "Prediction", plain: "Estimate") -> "Gain | tuple[str, str]":
+def _half(graph: "Graph", found: "Prediction", plain: "Estimate") -> "Told":
     made = _of(found, "fp16") or _of(found, "bf16")
     if made is None:
         return "half", "it has no arithmetic in 16 bits"
@@ -91,9 +93,7 @@ def _half(graph: "Graph", found: "Prediction", plain: "Estimate") -> "Gain | tup
     return _gain("half", _middle(graph, found, plain), _middle(graph, found, made), why)
 
 
-def _channels(
-    graph: "Graph", found: "Prediction", plain: "Estimate"
-) -> "Gain | tuple[str, str]":
+def _channels(graph: "Graph", found: "Prediction", plain: "Estimate") -> "Told":
     share = _weights_share(graph)
     why = "arithmetic bounds the network"
     if plain.bound == "memory":
@@ -111,9 +111,7 @@ def _channels(
     )
 
 
-def _weight_only(
-    graph: "Graph", found: "Prediction", plain: "Estimate"
-) -> "Gain | tuple[str, str]":
+def _weight_only(graph: "Graph", found: "Prediction", plain: "Estimate") -> "Told":
     width = WIDTHS[plain.format]
     share = _weights_share(graph)
     name = "weight_only"
@@ -131,9 +129,7 @@ def _weight_only(
     )
 
 
-def _fewer_layers(
-    graph: "Graph", found: "Prediction", plain: "Estimate"
-) -> "Gain | tuple[str, str]":
+def _fewer_layers(graph: "Graph", found: "Prediction", plain: "Estimate") -> "Told":
     if not found.machine.start_us:
         return "drop_layers", "what starting an operator costs there is not known"
     if plain.bound != "starts":
@@ -146,12 +142,13 @@ def _fewer_layers(
     )
 
 
-def _two_of_four(
-    graph: "Graph", found: "Prediction", plain: "Estimate"
-) -> "Gain | tuple[str, str]":
+def _two_of_four(graph: "Graph", found: "Prediction", plain: "Estimate") -> "Told":
     name = "semi_structured"
     if not found.machine.sparse_2_4:
-        return name, "it has no arithmetic that leaves out zeros: they take as long as other weights"
+        return (
+            name,
+            "it has no arithmetic that leaves out zeros: they take as long as other weights",
+        )
     base = _of(found, "fp16") or _of(found, "bf16") or _of(found, "int8")
     if base is None:
         return name, "2:4 arithmetic works in 16 or 8 bits, which do not fit"

@@ -185,7 +185,9 @@ def offload(
             if split is not None:
                 options.append(split)
     options = [_judged(each, deadline_ms) for each in options]
-    ranked = sorted(options, key=lambda o: (("yes", "", "perhaps", "no").index(o.meets), o.middle_ms))
+    ranked = sorted(
+        options, key=lambda o: (("yes", "", "perhaps", "no").index(o.meets), o.middle_ms)
+    )
     return Offloading(
         options=tuple(ranked),
         deadline_ms=deadline_ms,
