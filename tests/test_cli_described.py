@@ -63,6 +63,7 @@ def test_json_and_a_machine_of_ones_own(
 def test_a_needed_step_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert asked(model, "coral-edge-tpu") == 0
     out = capsys.readouterr().out
+    assert "PCIe, up to 2 W" in out
     assert "needs static: it computes in 8-bit integers alone" in out
     assert "export for it: litert" in out
 

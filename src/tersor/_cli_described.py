@@ -209,7 +209,8 @@ def _most(found: "Prediction") -> str:
 
 def _words(found: "Prediction") -> str:
     machine = found.machine
-    lines = [f"{machine.name}: {machine.what}"]
+    power = f", up to {machine.watts:g} W" if machine.watts else ""
+    lines = [f"{machine.name}: {machine.what}{power}"]
     if found.reason:
         return "\n".join([*lines, paragraph(f"- cannot run it: {found.reason}", "  ")])
     if found.plain is not None and found.plain.format == "int8":
