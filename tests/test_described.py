@@ -199,3 +199,20 @@ def test_a_quantized_network_is_refused() -> None:
         "the network is quantized already (DequantizeLinear, QuantizeLinear); give the float "
         "network that it was made from: number formats are compared here"
     )
+
+
+def test_work_that_depends_on_the_data_is_refused() -> None:
+    branch = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["z"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, (2, 4))],
+    )
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Cast", ["s"], ["c"], to=TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["y"], name="if", then_branch=branch, else_branch=branch),
+    ]
+    net = network(nodes, {"w": (8, 4)}, (2, 8), (2, 4))
+    with pytest.raises(ModelError, match="the work inside If 'if' depends on the data"):
+        predict(net, {"x": np.ones((2, 8), np.float32)}, SLOW_CHIP)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from tersor.core.errors import ModelError
 from tersor.core.machine import WIDTHS, Machine
 from tersor.core.runtime import Arrays
+from tersor.ops.onnx_count import COUNTED
 from tersor.ops.onnx_work import Counter, Work
 
 Bound = Literal["compute", "memory", "starts"]
@@ -57,7 +58,8 @@ class Graph:
     operators: tuple[Operator, ...]
     """In the order in which they can run."""
     sizes: Mapping[str, int]
-    """Bytes of each tensor that an operator takes or makes, as in the file."""
+    """Bytes of each tensor that an operator takes or makes, as in the file; those whose shape
+    cannot be told are left out."""
     floats: frozenset[str]
     """Those of them that hold floats."""
     inputs: tuple[str, ...]
@@ -184,6 +186,12 @@ def count(net: Any, inputs: Arrays) -> Graph:
             "it was made from: number formats are compared here"
         )
     net = onnx.inliner.inline_local_functions(net) if len(net.functions) else net
+    for node in net.graph.node:
+        if any(deep.op_type in COUNTED for a in node.attribute for deep in a.g.node):
+            raise ModelError(
+                f"the work inside {node.op_type} {node.name!r} depends on the data; it cannot be "
+                "predicted"
+            )
     counter = Counter(net, inputs)
     graph = net.graph
     weights = set(counter.weights)
@@ -192,7 +200,8 @@ def count(net: Any, inputs: Arrays) -> Graph:
     for group in _groups(graph, known):
         work = counter.work(node.output[0] for node in group)
         inner = {name for node in group for name in node.output}
-        taken = [n for node in group for n in node.input if n and n not in inner | known | weights]
+        own = inner | known | weights
+        taken = [n for node in group for n in node.input if n and n not in own]
         head = group[0]
         operators.append(
             Operator(
@@ -207,11 +216,14 @@ def count(net: Any, inputs: Arrays) -> Graph:
     fed = tuple(v.name for v in graph.input if v.name not in weights)
     names = {*fed, *(v.name for v in graph.output)}
     names |= {name for each in operators for name in (*each.taken, *each.made)}
+    for name in (*fed, *(v.name for v in graph.output)):
+        if name not in counter.shapes:
+            raise ModelError(f"cannot tell the shape of {name!r}, an input or output")
     floats = {1, 10, 11, 16}  # FLOAT, FLOAT16, DOUBLE, BFLOAT16
     largest = max(graph.initializer, key=lambda t: math.prod(t.dims), default=None)
     return Graph(
         operators=tuple(operators),
-        sizes={name: counter.bytes_of(name) for name in names},
+        sizes={name: counter.bytes_of(name) for name in names & set(counter.shapes)},
         floats=frozenset(name for name in names if counter.types.get(name, 1) in floats),
         inputs=fed,
         outputs=tuple(v.name for v in graph.output),

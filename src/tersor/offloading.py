@@ -258,6 +258,8 @@ def _best_split(
         if one is None or other is None:
             continue
         sent = crossing(graph, cut)
+        if not set(sent) <= set(graph.sizes):
+            continue  # what crosses it has no size that can be told
         made = {name for each in last for name in each.made}
         up = size_of(graph, sent, bits)
         down = size_of(graph, [name for name in graph.outputs if name in made], bits)
