@@ -22,7 +22,7 @@ AUTO = "auto"
 def advise(
     model: str,
     *,
-    data: str,
+    data: str | None,
     goal: "Goal | None",
     target: "Target | None",
     batch: int,
@@ -37,9 +37,13 @@ def advise(
     from dataclasses import replace
 
     from tersor import advisor, pipeline
-    from tersor.core.errors import RecipeError
+    from tersor.core.errors import DataError, RecipeError
     from tersor.core.runtime import Target
 
+    if data is None:
+        raise DataError(
+            "advise tries steps on data; give --data DATA, or a --machine to predict for"
+        )
     if out is not None and out.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"--out {str(out)!r} must end in .yaml")
     if out is not None and not out.absolute().parent.is_dir():

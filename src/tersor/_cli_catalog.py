@@ -37,8 +37,8 @@ def _state(row: Mapping[str, Any]) -> str:
 
 def entries(kind: str) -> list[dict[str, Any]]:
     """Describe the plugins of a kind; imports none of their packages."""
-    if kind == "recipes":
-        return [_recipe_entry(name) for name in _recipes()]
+    if kind in ("recipes", "machines"):
+        return [_file_entry(kind, name) for name in _names(kind)]
     rows = []
     for entry in plugins.catalog()[kind]:
         missing = [p for p in needs(kind, entry["name"]) if not plugins.installed(p)]
@@ -95,16 +95,31 @@ def _imported(node: ast.AST) -> list[str]:
     return []
 
 
-def _recipes() -> list[str]:
-    from tersor.core.recipe import recipes
+def _names(kind: str) -> list[str]:
+    if kind == "recipes":
+        from tersor.core.recipe import recipes
 
-    return recipes()
+        return recipes()
+    if kind == "machines":
+        from tersor.core.machine import machines
+
+        return machines()
+    return list(plugins.names(kind))
 
 
-def _recipe_entry(name: str) -> dict[str, Any]:
-    from tersor.core.recipe import find
+def _text(kind: str, name: str) -> str:
+    """Read the file of a recipe or a machine."""
+    if kind == "recipes":
+        from tersor.core.recipe import find
 
-    lines = find(name).read_text(encoding="utf-8").splitlines()
+        return find(name).read_text(encoding="utf-8")
+    from tersor.core.machine import file_of
+
+    return file_of(name).read_text(encoding="utf-8")
+
+
+def _file_entry(kind: str, name: str) -> dict[str, Any]:
+    lines = _text(kind, name).splitlines()
     summary = lines[0].lstrip("# ").rstrip() if lines and lines[0].startswith("#") else ""
     return {"name": name, "summary": summary, "installed": True, "install": None}
 
@@ -118,7 +133,7 @@ def show_name(name: str | None, *, schema: bool, as_json: bool) -> int:
         return 0
     if name is None:
         raise RecipeError("give a name that `tersor list` shows, or --schema")
-    known = {kind: _recipes() if kind == "recipes" else plugins.names(kind) for kind in KINDS}
+    known = {kind: _names(kind) for kind in KINDS}
     kinds = [kind for kind, names in known.items() if name in names]
     if not kinds:
         everything = [each for names in known.values() for each in names]
@@ -139,10 +154,8 @@ def about(kind: str, name: str) -> dict[str, Any]:
     Raises:
         DependencyError: the file imports a package that is missing.
     """
-    if kind == "recipes":
-        from tersor.core.recipe import find
-
-        return {"kind": "recipe", "name": name, "text": find(name).read_text(encoding="utf-8")}
+    if kind in ("recipes", "machines"):
+        return {"kind": kind.removesuffix("s"), "name": name, "text": _text(kind, name)}
     made: dict[str, Any] = {"kind": kind.removesuffix("s"), "name": name}
     doc = (plugins.module(kind, name).__doc__ or "").strip()
     packages = needs(kind, name)
@@ -205,7 +218,7 @@ def settings(config: type[Any]) -> list[dict[str, Any]]:
 
 def _written(found: Mapping[str, Any]) -> str:
     """Write what is known of a name for a terminal."""
-    if found["kind"] == "recipe":
+    if found["kind"] in ("recipe", "machine"):
         return str(found["text"]).rstrip()
     facts = [
         (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -24,6 +24,10 @@ def names(kind: str) -> list[str]:
         return [*environments.known(), "all"]
     if kind == "any":
         return sorted({name for each in KINDS for name in names(each)})
+    if kind == "machines":
+        from tersor.core.machine import machines
+
+        return machines()
     return recipes() if kind == "recipes" else list(plugins.names(kind))
 
 

@@ -13,7 +13,16 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-KINDS = ("techniques", "recipes", "runtimes", "metrics", "sources", "datasets", "deployments")
+KINDS = (
+    "techniques",
+    "recipes",
+    "runtimes",
+    "metrics",
+    "sources",
+    "datasets",
+    "deployments",
+    "machines",
+)
 """What `tersor list` lists."""
 _GREEN, _YELLOW, _RED, _BLUE = 32, 33, 31, 34
 _COLORS = {

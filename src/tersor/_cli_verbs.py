@@ -9,6 +9,7 @@ from tersor._cli_options import (
     DATA,
     Batch,
     Best,
+    Data,
     Debug,
     Json,
     Limits,
@@ -59,7 +60,7 @@ def show(
         str | None,
         argument(
             "NAME",
-            "a technique, recipe, runtime, metric, source, dataset or deployment",
+            "a technique, recipe, runtime, metric, dataset, machine ...",
             autocompletion=lambda: names("any"),
         ),
     ] = None,
@@ -124,11 +125,12 @@ def inspect(
     epilog=example(
         "tersor advise tersor.demo.network:trained --data digits",
         "tersor compress tersor.demo.network:trained --data digits --recipe auto",
+        "tersor advise tersor.demo.network:trained --data digits --machine all",
     ),
 )
 def advise(
     model: Model,
-    data: Annotated[str, option("--data", "DATA", DATA)],
+    data: Data = None,
     target: Target = None,
     best: Best = None,
     limit: Limits = None,
@@ -140,18 +142,56 @@ def advise(
     weights: Weights = None,
     partial: Partial = False,
     out: Annotated[Path | None, option("--out", "FILE.yaml", "write the recipe, too")] = None,
+    machine: Annotated[
+        list[str] | None,
+        option(
+            "--machine",
+            "NAME|FILE.yaml|all",
+            "predict for a machine that is not here (repeatable)",
+            complete="machines",
+        ),
+    ] = None,
+    link: Annotated[
+        str | None, option("--link", "MBIT,RTT", "from that machine to --server: 50Mbit,30ms")
+    ] = None,
+    server: Annotated[
+        str | None,
+        option("--server", "NAME", "at the other end of the link", complete="machines"),
+    ] = None,
+    edge: Annotated[
+        str | None, option("--edge", "NAME", "a second server, near", complete="machines")
+    ] = None,
+    edge_link: Annotated[str | None, option("--edge-link", "MBIT,RTT", "to the edge")] = None,
+    deadline: Annotated[str | None, option("--deadline", "TIME", "of a run: 20ms")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Try what may help this network on a target, and say what does, with predicted gains.
 
     Steps without training are applied, exported and timed; steps with it are trained for seconds.
+    With --machine nothing is run: machines are compared by their descriptions.
     """
-    from tersor import _cli_advise
+    from tersor import _cli_advise, _cli_described
     from tersor._cli_compress import goal_of
     from tersor.core.recipe import read_target
 
     del debug
+    if machine or link or server or edge or edge_link or deadline:
+        code = _cli_described.described(
+            model,
+            data=data,
+            machines=machine or [],
+            link=link,
+            deadline=deadline,
+            server=server,
+            batch=batch,
+            as_json=json,
+            edge=edge,
+            edge_link=edge_link,
+            weights=weights,
+            partial=partial,
+        )
+        raise typer.Exit(code)
     code = _cli_advise.advise(
         model,
         data=data,

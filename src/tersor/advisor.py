@@ -227,12 +227,16 @@ def _own_fit(model: Model, data: Data) -> Fit:
 class Brief:
     """A trainer that stops after some seconds; it learns how long a pass over the data takes."""
 
+    fit: Fit
+    seconds: float
+    epoch_s: float
+    """Of the last training."""
+    epochs: float
+    """Passes that it had."""
+
     def __init__(self, fit: Fit, seconds: float) -> None:
         self.fit, self.seconds = fit, seconds
-        self.epoch_s = 0.0
-        """Of the last training."""
-        self.epochs = 0.0
-        """Passes that it had."""
+        self.epoch_s = self.epochs = 0.0
 
     def __call__(
         self, net: nn.Module, loss: Any, *, batches: Iterable[Batch], epochs: float, **settings: Any

@@ -136,12 +136,12 @@ def _build(raw: Any, where: str, places: Places) -> Recipe:
     mistakes = Mistakes()
     recipe = _read(raw, mistakes)
     if mistakes.found:
-        raise RecipeError(*(_located(where, path, text, places) for path, text in mistakes.found))
+        raise RecipeError(*(located(where, path, text, places) for path, text in mistakes.found))
     assert recipe is not None
     return recipe
 
 
-def _located(where: str, path: tuple[Any, ...], text: str, places: Places) -> str:
+def located(where: str, path: tuple[Any, ...], text: str, places: Places) -> str:
     """Say where a mistake is: "file.yaml:3:5: step 2 (static): bits: ..."."""
     near = path
     while near and near not in places:

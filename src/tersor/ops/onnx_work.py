@@ -124,8 +124,8 @@ class Counter:
         heavy = max(counted, key=self._macs, default=None)
         return Work(
             macs=sum(map(self._macs, counted)),
-            weight_bytes=sum(map(self._bytes, weights)),
-            moved_bytes=sum(map(self._bytes, (taken - weights) | given)),
+            weight_bytes=sum(map(self.bytes_of, weights)),
+            moved_bytes=sum(map(self.bytes_of, (taken - weights) | given)),
             shape=() if heavy is None else self._weight_shape(heavy),
             groups=1 if heavy is None else int(onnx_count.attribute_of(heavy, "group", 1)),
             integers=heavy is not None and self._integers(heavy, nodes),
@@ -138,7 +138,8 @@ class Counter:
     def _macs(self, node: Any) -> int:
         return onnx_count.macs_of(node, self.shapes)
 
-    def _bytes(self, name: str) -> int:
+    def bytes_of(self, name: str) -> int:
+        """Tell the bytes of a tensor."""
         word = self.names.get(self.types.get(name, 1), "FLOAT")
         return math.ceil(math.prod(self.shapes.get(name, ())) * _BITS.get(word, 32) / 8)
 
