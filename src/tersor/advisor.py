@@ -51,7 +51,7 @@ MINUTES = 5.0
 """Of training that a stage of the recipe may ask for, as long as nobody says otherwise."""
 HOPE = 4.0
 """How many times the allowed loss a network may lack after those seconds."""
-MOST_EPOCHS = 20.0
+MOST_EPOCHS = 50.0
 SPREAD = 1.3
 """A gain that was seen is predicted within this factor of it, both ways."""
 WEAKER = 1.6
