@@ -314,3 +314,16 @@ def test_a_missing_package_ends_with_3_and_the_line_to_paste(
     states = {row["name"]: row["installed"] for row in json.loads(out)["runtimes"]}
     assert states["onnxruntime"] is False
     assert states["torch_eager"] is True
+
+
+def test_a_network_is_not_exported_for_a_runtime_that_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tersor.core import plugins
+
+    there = plugins.installed
+    monkeypatch.setattr(plugins, "installed", lambda p: p != "tensorrt" and there(p))
+    words = ("tersor.demo.network:trained", "--data", "digits", "--target", "tensorrt:cuda")
+    code, err = failing(capsys, "measure", *words)
+    assert code == 3
+    assert "needs the package 'tensorrt'. Install it with: pip install 'tersor[tensorrt]'" in err

@@ -97,9 +97,12 @@ def exported(
     from dataclasses import replace
 
     from tersor.candidate import arrays_of, export
+    from tersor.core import plugins
     from tersor.core.runtime import Target
 
     chosen = asked or Target(runtime="onnxruntime")
+    runtime = plugins.runtime(chosen.runtime)
+    plugins.require("runtimes", chosen.runtime, (*runtime.to_export, *runtime.to_run))
     if threads is not None:
         chosen = replace(chosen, options={**chosen.options, "threads": threads})
     sample = arrays_of(next(iter(samples)), inputs.example)
