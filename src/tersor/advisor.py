@@ -56,6 +56,8 @@ SPREAD = 1.3
 """A gain that was seen is predicted within this factor of it, both ways."""
 WEAKER = 1.6
 """The same downwards for steps that `compress` makes weaker where they break a limit."""
+AGAIN = 0.8
+"""Share of the best gain from which on a number format is tried after the next fusions, too."""
 MOST_RANGE = 1.95
 """Upper end of a range to its lower one, at most."""
 _TIMED = 3
@@ -331,8 +333,10 @@ class _Work:
         best = max(self.starts, key=lambda each: each.gain)
         most, self.prepared = best.gain, list(best.kept)
         found: list[tuple[float, Suggestion]] = []
+        ideas = quantizers(self.facts)
         for start in self.starts:
-            for idea in quantizers(self.facts):
+            gains: dict[int, float] = {}
+            for number, idea in enumerate(ideas):
                 trial = self._tried(idea.stage, start.state)
                 if trial is None:
                     continue
@@ -341,11 +345,15 @@ class _Work:
                     self._refused(idea.stage, trial)
                     continue
                 trial.close()
+                gains[number] = gain
                 made = _suggestion(idea, idea.stage, gain, trial, SPREAD)
                 found.append((gain * start.gain, made))
                 if gain * start.gain > most:
                     most = gain * start.gain
                     self.prepared, self.quantized = list(start.kept), [made]
+            # what was far behind on one start is not tried on the next
+            near = AGAIN * max(gains.values(), default=0.0)
+            ideas = [ideas[number] for number, gain in gains.items() if gain >= near] or ideas
         for total, other in found:
             if other not in self.quantized:
                 reason = f"{most / total:.2f}x less than what is taken ({other.seen})"
