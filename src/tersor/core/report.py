@@ -69,6 +69,32 @@ class LimitReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OperatorReport:
+    """One operator as the runtime executes it."""
+
+    name: str
+    """The runtime's profiler's."""
+    kind: str
+    """The runtime's word for it, such as QLinearConv."""
+    part: str
+    """Kind of work: "convolutions", "rounding" ..."""
+    ms: float
+    """Of one run."""
+    layer: str = ""
+    """The layer of the network that it computes, where that is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorsReport:
+    """Where the time goes, before and after."""
+
+    before: tuple[OperatorReport, ...] = ()
+    after: tuple[OperatorReport, ...] = ()
+    how: str = ""
+    """How the times were taken, or why there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything a run has to say."""
 
@@ -91,6 +117,8 @@ class Report:
     warnings: tuple[str, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Machine, library versions, threads, seed."""
+    operators: OperatorsReport | None = None
+    """Where the time goes; None: written before reports had it."""
     seconds: float = 0.0
     command: str = ""
     """How to repeat the run."""
