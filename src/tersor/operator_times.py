@@ -21,9 +21,7 @@ _TURN_MS = 200.0
 _MOST_RUNS = 50
 
 
-def operator_times(
-    before: Candidate, after: Candidate, feeds: Sequence[Arrays]
-) -> OperatorsReport:
+def operator_times(before: Candidate, after: Candidate, feeds: Sequence[Arrays]) -> OperatorsReport:
     """Time two networks by operator, in turns.
 
     Where that cannot be done, the result says why: a report is not lost for a picture in it.
@@ -45,7 +43,7 @@ def operator_times(
     return OperatorsReport(
         before=named[0],
         after=named[1],
-        how=f"{name}'s profiler, the quieter of {TURNS} turns; under it runs take longer than alone",
+        how=f"{name}'s profiler, the quieter of {TURNS} turns; under it a run takes longer",
     )
 
 
@@ -87,5 +85,4 @@ def _layers(candidate: Candidate, times: Sequence[Any]) -> dict[str, str]:
 
         known = layers_of(onnx.load(file, load_external_data=False))
         covers = covered(times, runtime.fused(file, candidate.target), known)
-    found = ((name, next((known[o] for o in own if o in known), "")) for name, own in covers.items())
-    return {name: layer for name, layer in found if layer}
+    return {name: known[o] for name, own in covers.items() for o in reversed(own) if o in known}

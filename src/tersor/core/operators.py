@@ -1,4 +1,4 @@
-"""What a runtime executes: of which kind each operator is, and which of the network's it computes."""
+"""What a runtime executes: the kind of each operator, and which of the network's it computes."""
 
 import re
 from collections.abc import Container, Mapping, Sequence
