@@ -50,3 +50,54 @@ def row(name: str, *figures: str, how: str) -> str:
     """Write a row of a table: a name, figures as HTML, and a remark as text."""
     cells = "".join(f'<td class="number">{figure}</td>' for figure in figures)
     return f'<tr><th scope="row">{name}</th>{cells}<td class="how">{escape(how)}</td></tr>'
+
+
+def picture_page(
+    title: str,
+    note: str,
+    drawn: str,
+    style: str,
+    rows: tuple[Sequence[str], Sequence[Sequence[str]]],
+    *,
+    words: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> str:
+    """Write a page around one picture that needs no network and no other file.
+
+    Args:
+        title: What is shown.
+        note: On what, and how.
+        drawn: The picture, as an `svg` element.
+        style: What it needs beside the report's style sheet.
+        rows: Head and rows of the table below it, as texts.
+        words: Sentences between the two.
+        warnings: What made the machine unfit for timing.
+
+    Returns:
+        HTML; every text is escaped, and the page's policy forbids loading anything.
+    """
+    head, cells = rows
+    body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in cells]
+    said = "".join(f"<li>{escape(text)}</li>" for text in words)
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en" data-lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            f"<title>tersor: {escape(title)}</title>",
+            f"<style>{beside('report_page.css')}{style}</style></head>",
+            '<body><header><div class="bar"><strong>tersor</strong></div></header><main>',
+            f"<h1>{escape(title)}</h1>",
+            f'<p class="note">{escape(note)}</p>',
+            f"<figure>{drawn}</figure>",
+            f'<ul class="warnings">{said}</ul>' if said else "",
+            '<div class="scroll"><table><thead><tr>',
+            "".join(f"<th>{escape(cell)}</th>" for cell in head),
+            "</tr></thead><tbody>",
+            *(f"<tr>{cells}</tr>" for cells in body),
+            "</tbody></table></div>",
+            *(f'<p class="note">{escape(warning)}</p>' for warning in warnings),
+            "</main></body></html>\n",
+        ]
+    )
