@@ -91,6 +91,13 @@ class Explanation:
     reasons: tuple[str, ...] = ()
     """In words: the layers, the slowest in float first, then what is outside them."""
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [(p.name, f"{p.float_ms:.4g}", f"{p.int8_ms:.4g}", p.why_float) for p in self.parts]
+        title = f"{self.technique} on {self.target}: {self.comparison.speedup:.2f}x"
+        return shown(title, ("part", "float, ms", "integers, ms", ""), rows, self.reasons)
+
 
 def explain(
     model: Model,

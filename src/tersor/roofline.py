@@ -96,6 +96,17 @@ class Profile:
         """Whether the operators' times add up to the latency, within 10 %."""
         return abs(self.operators_ms / self.latency_ms - 1) <= AGREE
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [
+            (each.name, each.what, f"{each.ms:.4f}", f"{each.share:.1%}", each.bound)
+            for each in self.layers
+        ]
+        title = f"{self.subject} on {self.target}: {self.latency_ms:.4g} ms"
+        head = ("operator", "what", "ms", "share", "bound")
+        return shown(title, head, rows, (*self.words, *self.warnings))
+
 
 def profile(
     file: Path,

@@ -122,3 +122,14 @@ class Report:
     seconds: float = 0.0
     command: str = ""
     """How to repeat the run."""
+
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+        from tersor.core.report_view import change, figure, headline, pairs
+
+        rows = [(p.metric, figure(p.before), figure(p.after), change(p)) for p in pairs(self)]
+        stages = [(s.name, s.verdict, s.reason) for s in self.stages]
+        limits = "" if self.reached else "a limit is not reached"
+        return shown(
+            headline(self), ("metric", "before", "after", "change"), rows, (limits, *self.warnings)
+        ) + shown("", ("stage", "verdict", "reason"), stages)
