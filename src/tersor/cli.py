@@ -43,6 +43,7 @@ VERBS = (
     "profile",
     "run",
     "deploy",
+    "log",
     "list",
     "show",
     "inspect",
