@@ -62,7 +62,7 @@ def test_a_folder_that_holds_no_report(tmp_path: Path, capsys: pytest.CaptureFix
         capsys, "log", str(tmp_path / "empty"), "--to", f"tensorboard:{tmp_path / 'runs'}"
     )
     assert code == 2
-    assert "empty' has no manifest.json" in err
+    assert "empty' is not an artifact or is incomplete: it has no manifest.json" in err
     assert not (tmp_path / "runs").exists()
 
 
