@@ -10,10 +10,15 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
+from torch import nn
+
 from tersor.candidate import Candidate
 from tersor.core import plugins
+from tersor.core.recipe import Recipe
 from tersor.core.runtime import Target
 from tersor.operator_times import operator_times
+from tersor.pipeline import compress
+from tests import networks
 from tests.runners import linear_onnx
 
 FEEDS = [{"x": np.zeros((2, 6), np.float32)}]
@@ -56,3 +61,22 @@ def test_a_profiler_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
         net=None, files=one.files, target=one.target, runner=SimpleNamespace(bind=bind)
     )
     assert operator_times(one, broken, FEEDS).how == "onnxruntime's profiler failed: no room"
+
+
+def test_a_report_names_the_layers(tmp_path: Path) -> None:
+    made = compress(
+        networks.tiny_cnn(),
+        Recipe.parse({"steps": ["fuse_batch_norm"], "target": "onnxruntime"}),
+        data=networks.data(),
+        out=tmp_path / "out",
+        metrics=("size",),
+        threads=1,
+    )
+    found = made.report.operators
+    assert found is not None
+    names = [{each.layer for each in side if each.layer} for side in (found.before, found.after)]
+    layers = dict(networks.tiny_cnn().named_modules())
+    assert names[0] == names[1]
+    assert names[0] <= set(layers)
+    convolutions = {name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    assert convolutions <= names[0]

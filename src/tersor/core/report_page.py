@@ -305,7 +305,7 @@ def _picture(report: Report) -> list[str]:
 
 def _picture_note(report: Report, lang: Language) -> str:
     names = [metric_word(name, lang) for name in costs(report)]
-    x = f"{say('or', lang)}".join(names)
+    x = say("comma", lang).join(names)
     y = metric_word(quality_metric(report), lang)
     what = say("picture_metrics", lang, y=y, x=x, area=metric_word("size", lang))
     note = say("picture_note", lang, corner=say(corner(report), lang))

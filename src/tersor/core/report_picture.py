@@ -176,7 +176,8 @@ class _Axis:
     @staticmethod
     def over(spans: Sequence[tuple[float, float]], start: float, stop: float) -> "_Axis":
         low, high = min(s[0] for s in spans), max(s[1] for s in spans)
-        margin = (high - low or abs(high) or 1.0) * 0.12
+        # at least some percent of the value, so that ticks differ and noise is not blown up
+        margin = max((high - low) * 0.12, abs(high) * 0.03) or 0.12
         low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
         step = _step((high - low) / 5)
         first = math.ceil(low / step)
