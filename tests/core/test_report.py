@@ -331,6 +331,18 @@ def test_the_latency_of_an_earlier_try_follows_from_its_ratio() -> None:
     ]
 
 
+def test_costs_that_hardly_differ_have_ticks_that_do() -> None:
+    made = report()
+    memory = Measurement(metric="peak_memory", value=11.12e6, unit="B", better="lower")
+    more = replace(memory, value=11.13e6)
+    drawn = draw(
+        replace(made, before=(*made.before, memory), after=(*made.after, more)), "peak_memory"
+    )
+    ticks = re.findall(r'text-anchor="middle">([\d.]+ MB)<', drawn)
+    assert len(ticks) > 1
+    assert len(set(ticks)) == len(ticks)
+
+
 @pytest.mark.parametrize("cost", ["latency", "size"])
 def test_the_picture_stays_inside_its_frame(cost: str) -> None:
     drawn = draw(report(), cost)

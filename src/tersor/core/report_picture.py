@@ -131,7 +131,8 @@ def draw(report: Report, cost: str = "") -> str:
     shown = points(report, cost)
     if len(shown) < 2:
         return ""
-    across = _Axis.over([_ends(p.x) for p in shown], _LEFT, WIDTH - _RIGHT)
+    # some percent of a cost at least, so that its ticks differ and noise is not blown up
+    across = _Axis.over([_ends(p.x) for p in shown], _LEFT, WIDTH - _RIGHT, least=0.03)
     bounds = _bounds(report, shown[0].y)
     up = _Axis.over(
         [*(_ends(p.y) for p in shown), *((b, b) for b in bounds)], HEIGHT - _BOTTOM, _TOP
@@ -174,10 +175,11 @@ class _Axis:
     ticks: tuple[float, ...]
 
     @staticmethod
-    def over(spans: Sequence[tuple[float, float]], start: float, stop: float) -> "_Axis":
+    def over(
+        spans: Sequence[tuple[float, float]], start: float, stop: float, least: float = 0.0
+    ) -> "_Axis":
         low, high = min(s[0] for s in spans), max(s[1] for s in spans)
-        # at least some percent of the value, so that ticks differ and noise is not blown up
-        margin = max((high - low) * 0.12, abs(high) * 0.03) or 0.12
+        margin = max((high - low or abs(high) or 1.0) * 0.12, abs(high) * least)
         low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
         step = _step((high - low) / 5)
         first = math.ceil(low / step)
