@@ -39,7 +39,7 @@ def tree() -> list[Path]:
     return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
 
 
-ELSEWHERE = {*environments.known(), "tensorrt", "huggingface"}
+ELSEWHERE = {*environments.known(), "tensorrt", "huggingface", "tensorboard", "mlflow"}
 """Extras whose packages are pinned in an environment of their own, or that the tests skip."""
 
 
@@ -100,6 +100,7 @@ def test_every_import_of_the_package_is_provided() -> None:
     # brought by a dependency that cannot work without it
     brought = {"rich": "typer", "click": "typer", "onnx_ir": "onnxscript", "cuda": "cuda-bindings"}
     brought["pynvml"] = "nvidia-ml-py"  # its other name
+    brought["mlflow"] = "mlflow-skinny"  # without its server
     # modules of packages that are pinned under another name
     pinned_as = {
         "tensorflow": "tensorflow_cpu",

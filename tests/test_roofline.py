@@ -122,8 +122,16 @@ def test_the_command_line(roofs, tmp_path: Path, capsys: pytest.CaptureFixture[s
     made = json.loads(out)["profile"]
     assert made["layers"][0]["macs"] == 24
     assert made["agrees"] in (True, False)
+    page = tmp_path / "roofline.html"
+    code, _, err = talk(capsys, "profile", str(file), "--threads", "1", "--out", str(page))
+    assert f"the picture is in {page}" in err
+    drawn = page.read_text(encoding="utf-8")
+    assert "fp32 peak 100 GFLOP/s" in drawn
+    assert drawn.count('class="spot') == 1
+    code, err = failing(capsys, "profile", str(file), "--out", str(tmp_path / "x.svg"))
+    assert (code, "must end in .html" in err) == (2, True)
     code, err = failing(capsys, "profile", str(file), "--sparsity")
     assert code == 2
     assert "a network and --sparsity are two profiles; give one of them" in err
     code, err = failing(capsys, "profile", str(file), "--shapes", "8x8")
-    assert "--shapes and --out are for --sparsity" in err
+    assert "--shapes is for --sparsity" in err

@@ -32,8 +32,12 @@ def profile(
 
     if subject is not None and sparsity:
         raise RecipeError("a network and --sparsity are two profiles; give one of them")
-    if subject is not None and (shapes or out):
-        raise RecipeError("--shapes and --out are for --sparsity")
+    if subject is not None and shapes:
+        raise RecipeError("--shapes is for --sparsity")
+    if out is not None and out.suffix != ".html":
+        raise RecipeError(f"--out {str(out)!r} must end in .html")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise RecipeError(f"--out {str(out)!r}: the folder does not exist")
     if subject is not None:
         return _network(
             subject,
@@ -44,6 +48,7 @@ def profile(
             weights=weights,
             partial=partial,
             fresh=fresh,
+            out=out,
             as_json=as_json,
         )
     if not sparsity:
@@ -63,6 +68,7 @@ def _network(
     weights: Path | None,
     partial: bool,
     fresh: bool,
+    out: Path | None,
     as_json: bool,
 ) -> int:
     """Profile a network, as an ONNX file: its operators are counted there."""
@@ -97,6 +103,8 @@ def _network(
                 fresh=fresh,
                 display=Progress(),
             )
+    if out is not None:
+        _write(out, _roofline(found))
     if as_json:
         plain = {**vars(found), "agrees": found.agrees}
         show_json({"profile": plain})
@@ -107,9 +115,14 @@ def _network(
     return 0
 
 
-def _layers(found: "Profile") -> str:
-    from tersor.core.report_words import human
+def _write(out: Path, page: str) -> None:
+    from tersor.core.files import replace_file
 
+    replace_file(out.absolute(), page.encode())
+    tell(f"the picture is in {out}")
+
+
+def _operators(found: "Profile") -> tuple[Sequence[str], Sequence[Sequence[str]]]:
     head = ("operator", "what", "ms", "share", "MMAC", "kB", "op/byte", "GFLOP/s", "bound", "of it")
     rows = []
     for each in found.layers:
@@ -128,30 +141,69 @@ def _layers(found: "Profile") -> str:
                 "" if each.bound == "none" else f"{each.of_roof:.0%}",
             )
         )
+    return head, rows
+
+
+def _layers(found: "Profile") -> str:
+    said = [paragraph(f"- {words}", "") for words in found.words]
+    notes = [paragraph(text, "") for text in _notes(found)]
+    return "\n".join([table(*_operators(found)), "", *said, "", *notes])
+
+
+def _notes(found: "Profile") -> list[str]:
+    from tersor.core.report_words import human
+
     roofs = found.ceilings
     peaks = ", ".join(f"{k} {v:.0f} GFLOP/s ({roofs.by[k]})" for k, v in roofs.gflops.items())
     held = "they fit the last cache" if found.cached else "they do not fit the last cache"
-    notes = [
+    return [
         f"latency {human(found.latency_ms, 'ms')}, operators {human(found.operators_ms, 'ms')}: "
         f"{found.target}, batch {found.batch}, threads {found.threads}.",
         f"Measured roofs of this machine: {peaks}; memory {roofs.memory_gb_s:.1f} GB/s, second "
         f"cache {roofs.cache_gb_s:.1f} GB/s. Bytes are those that cannot be avoided: weights, and "
         f"what a fused operator takes and gives; {held}.",
     ]
-    said = [paragraph(f"- {words}", "") for words in found.words]
-    return "\n".join([table(head, rows), "", *said, "", *(paragraph(x, "") for x in notes)])
+
+
+def _roofline(found: "Profile") -> str:
+    from tersor.core.report_words import human
+    from tersor.core.roofline_page import Roofs, Spot, page
+
+    spots = [
+        Spot(
+            number=number,
+            name=each.name,
+            format=each.format,
+            intensity=each.intensity,
+            gflops=each.gflops,
+            share=each.share,
+            tip=f"{number}. {each.name}, {each.what}: {human(each.ms, 'ms')}, {each.share:.1%} of "
+            f"the time; {each.gflops:.1f} GFLOP/s, {each.of_roof:.0%} of its roof",
+        )
+        for number, each in enumerate(found.layers, 1)
+        if each.macs
+    ]
+    roofs = found.ceilings
+    slopes = {"second cache": roofs.cache_gb_s, "memory": roofs.memory_gb_s}
+    order = sorted(slopes, key=lambda name: (name == "memory") == found.cached)
+    head, rows = _operators(found)
+    return page(
+        f"Where the time of {found.subject} goes",
+        f"{' '.join(_notes(found))} The area of a circle is its operator's share of the time, the "
+        "number in it the row below; operators without multiply-accumulates are only there.",
+        spots,
+        Roofs(peaks=roofs.gflops, slopes={name: slopes[name] for name in order}),
+        (("", *head), [(str(number), *row) for number, row in enumerate(rows, 1)]),
+        found.words,
+        found.warnings,
+    )
 
 
 def _sparsity(
     *, shapes: str | None, batch: int, threads: int | None, out: Path | None, as_json: bool
 ) -> int:
-    from tersor.core.errors import RecipeError
-
-    if out is not None and out.suffix != ".html":
-        raise RecipeError(f"--out {str(out)!r} must end in .html")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise RecipeError(f"--out {str(out)!r}: the folder does not exist")
     from tersor import profiler
+    from tersor.core.errors import RecipeError
 
     wanted = profiler.SHAPES if shapes is None else tuple(w for w in shapes.split(",") if w)
     if not wanted:
@@ -165,10 +217,7 @@ def _sparsity(
     for warning in found.warnings:
         tell(f"warning: {warning}")
     if out is not None:
-        from tersor.core.files import replace_file
-
-        replace_file(out.absolute(), _page(found).encode())
-        tell(f"the picture is in {out}")
+        _write(out, _page(found))
     if as_json:
         show_json({"sparsity": found})
     else:

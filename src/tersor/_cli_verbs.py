@@ -1,4 +1,4 @@
-"""The verbs that look at what there is: list, show, inspect, doctor; advise, and the demo."""
+"""The verbs that look at what there is: log, list, show, inspect, doctor; advise, and the demo."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +29,26 @@ from tersor._cli_talk import KINDS
 
 verbs: typer.Typer = typer.Typer(rich_markup_mode=None)
 """Has no name of its own: `cli.py` puts its commands beside the others."""
+
+
+@verbs.command(
+    short_help="write a report for TensorBoard or MLflow",
+    epilog=example("tersor demo --out demo && tersor log demo --to tensorboard:runs"),
+)
+def log(
+    artifact: Annotated[str, argument("ARTIFACT", "a folder that compress made")],
+    to: Annotated[str, option("--to", "tensorboard:FOLDER|mlflow:FOLDER", "where to")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an artifact's report as a run of TensorBoard or MLflow, into a local folder.
+
+    The metrics of a run are a series: the original, then the network after each stage.
+    """
+    from tersor import _cli_log
+
+    del debug
+    raise typer.Exit(_cli_log.log(artifact, to=to, as_json=json))
 
 
 @verbs.command(

@@ -46,6 +46,7 @@ VERBS = (
     "profile",
     "run",
     "deploy",
+    "log",
     "list",
     "show",
     "inspect",

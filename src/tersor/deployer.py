@@ -33,6 +33,11 @@ class Deployed:
     check: str
     """What shows that it works."""
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        return shown(str(self.path), ("file",), [(name,) for name in self.files], [self.check])
+
 
 def deploy(
     artifact: str | Path | Artifact,

@@ -160,6 +160,13 @@ class Diagnosis:
     size_bytes: tuple[int, ...] = ()
     """Before, where there is one, and now."""
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [(c.meaning, f"{c.share:.0%}", c.evidence, c.fix) for c in self.causes]
+        title = f"{self.name}: {self.question}"
+        return shown(title, ("cause", "share", "evidence", "what to do"), rows)
+
 
 def diagnose(
     after: Artifact | str | Path,

@@ -22,6 +22,7 @@ from tersor.core.context import Context, Data
 from tersor.core.errors import DataError, ModelError, RecipeError, TargetError, suggest
 from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs, Model
+from tersor.core.operators import part_of
 from tersor.core.packing import unpacked
 from tersor.core.runtime import Arrays, OperatorTime, Target
 from tersor.core.statistics import Comparison
@@ -38,47 +39,7 @@ _REUSE = 16
 _SMALL_MS = 0.01
 """Operators shorter than this are mostly overhead."""
 _NO_GAIN = 1.3
-_PARTS: Mapping[str, tuple[str, ...]] = {
-    "convolutions": (
-        "Conv",
-        "FusedConv",
-        "NhwcFusedConv",
-        "QLinearConv",
-        "ConvInteger",
-        "ConvTranspose",
-        "Convolution",
-        "GroupConvolution",
-        "ConvolutionBackpropData",
-        "Deconvolution",
-    ),
-    "recurrent layers": (
-        "LSTM",
-        "GRU",
-        "RNN",
-        "DynamicQuantizeLSTM",
-        "LSTMSequence",
-        "GRUSequence",
-        "RNNSequence",
-        "LSTMCell",
-        "GRUCell",
-        "RNNCell",
-        "RNNSeq",
-    ),
-    "linear layers": (
-        "Gemm",
-        "QGemm",
-        "MatMulNBits",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "FullyConnected",
-    ),
-    "attention": ("Softmax", "ScaledDotProductAttention", "MultiHeadAttention", "Attention"),
-    "rounding": ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "FakeQuantize"),
-}
-_PRODUCTS = ("MatMul", "FusedMatMul", "QLinearMatMul")
 _LAYERS = ("convolutions", "recurrent layers", "linear layers")
-_REST = "everything else"
 
 
 @dataclass(kw_only=True)
@@ -129,6 +90,13 @@ class Explanation:
     """Layer -> why."""
     reasons: tuple[str, ...] = ()
     """In words: the layers, the slowest in float first, then what is outside them."""
+
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [(p.name, f"{p.float_ms:.4g}", f"{p.int8_ms:.4g}", p.why_float) for p in self.parts]
+        title = f"{self.technique} on {self.target}: {self.comparison.speedup:.2f}x"
+        return shown(title, ("part", "float, ms", "integers, ms", ""), rows, self.reasons)
 
 
 def explain(
@@ -280,16 +248,6 @@ def work_of(net: nn.Module, feed: Arrays) -> dict[str, Work]:
     return found
 
 
-def _part(operator: OperatorTime) -> str:
-    if operator.kind in _PRODUCTS:
-        # a product of activations has heads, too; weights packed beforehand have no shape
-        return "attention" if len(operator.weight) > 2 else "linear layers"
-    for part, kinds in _PARTS.items():
-        if operator.kind in kinds:
-            return part
-    return _REST
-
-
 def _parts(
     before: Sequence[OperatorTime],
     after: Sequence[OperatorTime],
@@ -299,7 +257,7 @@ def _parts(
     def summed(operators: Sequence[OperatorTime]) -> dict[str, float]:
         made: dict[str, float] = {}
         for operator in operators:
-            made[_part(operator)] = made.get(_part(operator), 0.0) + operator.ms
+            made[part_of(operator)] = made.get(part_of(operator), 0.0) + operator.ms
         return made
 
     old, new = summed(before), summed(after)
@@ -314,7 +272,7 @@ def _parts(
                 int8_ms=new.get(name, 0.0),
                 macs=own.macs,
                 reuse=own.macs / own.read if own.read else 0.0,
-                operators=sum(_part(operator) == name for operator in before),
+                operators=sum(part_of(operator) == name for operator in before),
                 depthwise=own.depthwise,
                 why_float=stays[0] if stays and len(stays) == len(own.layers) else "",
             )

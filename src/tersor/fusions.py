@@ -87,6 +87,20 @@ class Fusions:
     """That the runtime executes."""
     steps: tuple[Step, ...] = ()
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [(r.kind, r.found, r.by_export, r.by_runtime, r.left) for r in self.rows]
+        steps = [
+            (
+                s.technique,
+                s.reason or ("" if s.comparison is None else f"{s.comparison.speedup:.2f}x"),
+            )
+            for s in self.steps
+        ]
+        head = ("kind", "found", "by the export", "by the runtime", "left")
+        return shown(f"fused on {self.target}", head, rows) + shown("", ("step", "speed"), steps)
+
 
 def fusions(
     model: Model,

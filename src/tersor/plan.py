@@ -39,6 +39,14 @@ class Plan:
     notes: tuple[str, ...]
     """What a reader should know before starting."""
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [(number, name) for number, name in enumerate(self.stages, 1)]
+        took = f"{self.seconds[0]:.0f} to {self.seconds[1]:.0f} s"
+        size = f"{self.memory_bytes / 1e9:.2f} GB of memory, {self.disk_bytes / 1e9:.2f} GB of disk"
+        return shown(f"about {took}, {size}", ("", "stage"), rows, self.notes)
+
 
 def make_inputs(model: Model, data: Data) -> Inputs:
     """Return how to call the network: as the source says, else from the first batch.

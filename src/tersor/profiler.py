@@ -64,6 +64,14 @@ class Sparsity:
     """What made the machine unfit for timing."""
     environment: dict[str, Any]
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+        from tersor.core.sparsity_page import even_words
+
+        rows = [(layer.name, even_words(layer.curve())) for layer in self.layers]
+        title = f"sparse execution: batch {self.batch}, threads {self.threads}"
+        return shown(title, ("layer", "faster from"), rows, self.warnings)
+
 
 def sparsity(
     shapes: Sequence[str] = SHAPES,

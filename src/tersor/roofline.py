@@ -5,8 +5,7 @@ Source:
     architectures", CACM 2009. What a change can buy at most follows from Amdahl's law.
 """
 
-import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,8 @@ from tersor.core.context import Track, silent
 from tersor.core.errors import ModelError, TargetError
 from tersor.core.hardware import environment, preflight, probe, usable_cores
 from tersor.core.loops import closed
-from tersor.core.runtime import Arrays, OperatorTime, RanOperator, Target
+from tersor.core.operators import covered
+from tersor.core.runtime import Arrays, OperatorTime, Target
 from tersor.ops.ceilings import Ceilings, ceilings
 from tersor.ops.onnx_work import Counter, Work
 
@@ -34,7 +34,6 @@ SHORT_MS = 0.1
 """Below this mean length of operators, the cost of timing them shows."""
 CUT = 0.25
 """Share of channels whose pruning is spoken of."""
-_TOKEN = re.compile(r"_token_\d+$")
 _ROUND_S = 0.25
 _MOST_RUNS = 200
 
@@ -97,6 +96,17 @@ class Profile:
         """Whether the operators' times add up to the latency, within 10 %."""
         return abs(self.operators_ms / self.latency_ms - 1) <= AGREE
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [
+            (each.name, each.what, f"{each.ms:.4f}", f"{each.share:.1%}", each.bound)
+            for each in self.layers
+        ]
+        title = f"{self.subject} on {self.target}: {self.latency_ms:.4g} ms"
+        head = ("operator", "what", "ms", "share", "bound")
+        return shown(title, head, rows, (*self.words, *self.warnings))
+
 
 def profile(
     file: Path,
@@ -140,7 +150,7 @@ def profile(
     warnings = preflight(probe())
     counter = Counter(onnx.load(file), inputs[0])
     latency_ms, times = _times(file, target, inputs, display)
-    covers = _covers(times, runtime.fused(file, target), counter.nodes)
+    covers = covered(times, runtime.fused(file, target), counter.nodes)
     roofs = ceilings(threads, fresh=fresh)
     others = [name for each in covers.values() for name in each]
     works = {each.name: counter.work(covers.get(each.name, ()), others) for each in times}
@@ -167,30 +177,6 @@ def profile(
         environment=environment(),
     )
     return replace(made, words=(*_busy(made), *_bottlenecks(made), _agreement(made)))
-
-
-def _covers(
-    times: Sequence[OperatorTime], ran: Sequence[RanOperator], known: Container[str]
-) -> dict[str, tuple[str, ...]]:
-    """Tell which operators of the network each timed one computes.
-
-    ONNX Runtime's profiler calls those without a name KIND_NUMBER; they are matched in order. Where
-    it changed the layout of integers, the tensors between have new names and only the operators'
-    own names, which end with _token_NUMBER, tell where they come from; all that would then be
-    laid on the transposition at the end, which computes nothing.
-    """
-    covers = {each.name: each.covers for each in ran if each.name}
-    unknown = [t for t in times if t.name not in covers]
-    for kind in {t.kind for t in unknown}:
-        numbered = [(re.fullmatch(re.escape(kind) + r"_(\d+)", t.name), t) for t in unknown]
-        timed = sorted((int(found[1]), t.name) for found, t in numbered if found)
-        nameless = [each.covers for each in ran if not each.name and each.kind == kind]
-        if len(timed) == len(nameless):
-            covers.update(zip((name for _, name in timed), nameless, strict=True))
-    moved = {t.name: _TOKEN.sub("", t.name) for t in times if _TOKEN.search(t.name)}
-    for name, base in moved.items():
-        covers[name] = (base,) if base in known and not base.startswith("Transpose") else ()
-    return covers
 
 
 def _able(name: str) -> bool:

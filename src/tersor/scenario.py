@@ -80,6 +80,16 @@ class Scenario:
         """Return a percentile."""
         return next(each for each in self.percentiles if each.percent == percent)
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [
+            (f"{each.percent:g} %", "" if each.ms is None else f"{each.ms:.4g}", each.note)
+            for each in self.percentiles
+        ]
+        title = f"{self.mode}: {self.queries} queries, {self.samples_per_s:.4g} samples/s"
+        return shown(title, ("latency of", "ms", ""), rows, (self.note, self.short))
+
 
 def scenario(
     instance: Instance,

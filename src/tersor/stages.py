@@ -25,6 +25,7 @@ from tersor.core.report import LimitReport, Ratio, Report, StageReport, Verdict
 from tersor.core.resampling import Paired
 from tersor.core.schema import Mistakes, changed, from_plain, to_plain
 from tersor.core.statistics import Comparison
+from tersor.operator_times import operator_times
 from tersor.ops import edits, losses, masks, pt2, sharing
 from tersor.ops.fake_quantize import settle
 from tersor.ops.lower import form_of, lower
@@ -70,6 +71,7 @@ class Trial:
             "settings": [_settings(c) for c in self.stage],
             "reason": self.decision.reason,
             "measurements": to_plain(list(self.measurements)),
+            "speed": to_plain(self.speed),
         }
 
     def close(self) -> None:
@@ -399,6 +401,7 @@ class Run:
             limits=limits,
             reached=all(limit.holds for limit in limits),
             warnings=(*self.warnings, *_small(first), *_unavailable(first)),
+            operators=operator_times(before.candidate, after.candidate, self._timed("test")),
             environment={**environment(), "seed": self.seed, "batch": self.batch},
         )
 

@@ -69,6 +69,18 @@ class Survey:
     how: str
     """How the times were taken."""
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+        from tersor.core.report_view import figure
+
+        names = list(dict.fromkeys(name for row in self.rows for name in row.measurements))
+        rows = [
+            (row.runtime, row.status, *(figure(row.measurements.get(n)) for n in names), row.reason)
+            for row in self.rows
+        ]
+        title = f"{self.subject}: batch {self.batch}, threads {self.threads}"
+        return shown(title, ("runtime", "status", *names, "reason"), rows, [self.how])
+
 
 def survey(
     model: Model,

@@ -138,6 +138,26 @@ class Sweep:
             **{name: None if cell is None else cell.plain() for name, cell in picked.items()},
         }
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        rows = [
+            (
+                cell.batch,
+                cell.threads,
+                cell.instances,
+                *(
+                    (f"{cell.batch_ms:.4g}", f"{cell.samples_per_s:.4g}")
+                    if cell.status == "ran"
+                    else ("", "")
+                ),
+                cell.reason,
+            )
+            for cell in self.cells
+        ]
+        head = ("batch", "threads", "instances", "ms a batch", "samples/s", "")
+        return shown("", head, rows)
+
 
 def grid(cores: int) -> list[tuple[int, int]]:
     """List threads x instances: powers of two, and all cores; the larger ones are oversubscribed.

@@ -15,11 +15,13 @@ from tersor.core import report_words
 from tersor.core.metric import Measurement
 from tersor.core.report import Ratio, Report, StageReport
 from tersor.core.report_page import to_html
-from tersor.core.report_picture import draw, points
+from tersor.core.report_picture import HEIGHT, WIDTH, Point, costs, draw, front, points
 from tersor.core.report_text import to_markdown
 from tersor.core.report_view import (
+    attempt_figures,
     change,
     figure,
+    find,
     flat,
     headline,
     pairs,
@@ -258,21 +260,95 @@ def test_each_stage_has_a_bar_and_its_verdict_as_word_sign_and_color() -> None:
 
 def test_the_picture_shows_every_point_with_a_tip() -> None:
     shown = points(report())
-    assert [point.kind for point in shown] == ["original", "weakened", "kept", "dropped", "kept"]
+    kinds = ["original", "dropped", "weakened", "kept", "dropped", "kept"]
+    assert [point.kind for point in shown] == kinds
+    assert [point.label for point in shown] == ["original", "1a", "1", "2", "3", "4"]
     drawn = draw(report())
     tips = re.findall(r"<title>([^<]*)</title>", drawn)
-    assert len(tips) == 5
+    assert len(tips) == 6
     assert tips[0].startswith("original: latency 2.28 ms (2.23 to 2.35); accuracy 89.00 %")
-    assert tips[3].startswith("3. weight_only (dropped): latency")
-    assert drawn.count('tabindex="0"') == 5
+    assert tips[4].startswith("3. weight_only (dropped): latency")
+    assert drawn.count('tabindex="0"') == 6
     assert 'class="bound"' in drawn
+    assert '<g class="point dropped try"' in drawn
 
 
-def test_the_picture_stays_inside_its_frame() -> None:
-    drawn = draw(report())
+def test_a_tip_names_the_steps_that_led_there_and_no_dropped_ones() -> None:
+    made = report()
+    dropped = replace(made.stages[2], settings=({"weight_only": {"bits": 4}},))
+    shown = points(replace(made, stages=(*made.stages[:2], dropped, made.stages[3])))
+    steps = {point.label: point.steps for point in shown}
+    kept = "drop_layers {latency: 0.6}; distill_logits {epochs: 3}"
+    assert steps["original"] == ""
+    assert steps["1a"] == "drop_layers {latency: 0.5}"
+    assert steps["3"] == f"{kept}; weight_only {{bits: 4}}"
+    assert steps["4"] == f"{kept}; static {{calibrator: entropy}}"
+    long = replace(dropped, settings=({"static": {"layers": ["a" * 99, "b" * 99]}}, "pack"))
+    assert points(report(stages=(long,)))[1].steps.endswith("aaa, bbbb ...; pack") is False
+    assert len(points(report(stages=(long,)))[1].steps) < 180
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    assert [point.label for point in front(points(report()))] == ["4", "2", "original"]
+    assert [point.label for point in front(points(report(), "size"))] == ["4", "2", "original"]
+    assert '<polyline class="front"' in draw(report(), "size")
+
+
+def test_the_front_where_more_is_better() -> None:
+    """Samples in a second: the front then begins at the fastest, and falls to the right."""
+    first, *rest = points(report())
+
+    def rate(point: Point) -> Point:
+        x = Measurement(metric="throughput", value=1 / point.x.value, unit="1/s", better="higher")
+        return replace(point, x=x)
+
+    assert [p.label for p in front([rate(first), *map(rate, rest)])] == ["4", "2", "original"]
+
+
+def test_there_is_a_picture_of_each_cost_that_was_measured() -> None:
+    assert costs(report()) == ["latency", "size"]
+    joules = Measurement(metric="energy", value=0.2, unit="J", better="lower")
+    less = replace(joules, value=0.1)
+    made = report()
+    made = replace(made, before=(*made.before, joules), after=(*made.after, less))
+    assert costs(made) == ["latency", "size", "energy"]
+    assert [p.label for p in points(made, "energy")] == ["original", "result"]
+    page = to_html(made)
+    assert page.count("<figure>") == 3
+    assert "energy 0.200 J" not in page  # written as people do
+    assert "energy 200 mJ" in page
+
+
+def test_the_latency_of_an_earlier_try_follows_from_its_ratio() -> None:
+    stage = report().stages[0]
+    speed = {"metric": "latency", "value": 2.0, "low": 1.9, "high": 2.1, "verdict": "better"}
+    tried = replace(stage, attempts=({**stage.attempts[0], "speed": speed},))
+    ((_, found),), *_ = attempt_figures(report(stages=(tried, *report().stages[1:])))
+    assert find(found, "latency").value == pytest.approx(2.28 / 2)
+    odd = replace(stage, attempts=({"measurements": ["x"], "reason": "?"},))
+    assert attempt_figures(report(stages=(odd,))) == [
+        [({"measurements": ["x"], "reason": "?"}, ())]
+    ]
+
+
+def test_costs_that_hardly_differ_have_ticks_that_do() -> None:
+    made = report()
+    memory = Measurement(metric="peak_memory", value=11.12e6, unit="B", better="lower")
+    more = replace(memory, value=11.13e6)
+    drawn = draw(
+        replace(made, before=(*made.before, memory), after=(*made.after, more)), "peak_memory"
+    )
+    ticks = re.findall(r'text-anchor="middle">([\d.]+ MB)<', drawn)
+    assert len(ticks) > 1
+    assert len(set(ticks)) == len(ticks)
+
+
+@pytest.mark.parametrize("cost", ["latency", "size"])
+def test_the_picture_stays_inside_its_frame(cost: str) -> None:
+    drawn = draw(report(), cost)
     for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn):
-        assert 0 <= float(x) <= 880
-        assert 0 <= float(y) <= 430
+        assert 0 <= float(x) <= WIDTH
+        assert 0 <= float(y) <= HEIGHT
 
 
 def test_without_a_quality_there_is_no_picture_but_a_word_about_it() -> None:

@@ -186,6 +186,9 @@ class Artifact:
             "warnings": list(self.report.warnings),
         }
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
 
 def write_artifact(
     out: Path,

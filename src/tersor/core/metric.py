@@ -36,6 +36,12 @@ class Measurement:
     how: str = ""
     """For a reader: "median of 200 runs after 20, batch 1, 1 thread"."""
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+        from tersor.core.report_view import figure
+
+        return shown("", ("metric", "value", "how"), [(self.metric, figure(self), self.how)])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:

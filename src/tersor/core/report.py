@@ -71,6 +71,32 @@ class LimitReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OperatorReport:
+    """One operator as the runtime executes it."""
+
+    name: str
+    """The runtime's profiler's."""
+    kind: str
+    """The runtime's word for it, such as QLinearConv."""
+    part: str
+    """Kind of work: "convolutions", "rounding" ..."""
+    ms: float
+    """Of one run."""
+    layer: str = ""
+    """The layer of the network that it computes, where that is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorsReport:
+    """Where the time goes, before and after."""
+
+    before: tuple[OperatorReport, ...] = ()
+    after: tuple[OperatorReport, ...] = ()
+    how: str = ""
+    """How the times were taken, or why there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything a run has to say."""
 
@@ -93,6 +119,19 @@ class Report:
     warnings: tuple[str, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Machine, library versions, threads, seed."""
+    operators: OperatorsReport | None = None
+    """Where the time goes; None: written before reports had it."""
     seconds: float = 0.0
     command: str = ""
     """How to repeat the run."""
+
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+        from tersor.core.report_view import change, figure, headline, pairs
+
+        rows = [(p.metric, figure(p.before), figure(p.after), change(p)) for p in pairs(self)]
+        stages = [(s.name, s.verdict, s.reason) for s in self.stages]
+        limits = "" if self.reached else "a limit is not reached"
+        return shown(
+            headline(self), ("metric", "before", "after", "change"), rows, (limits, *self.warnings)
+        ) + shown("", ("stage", "verdict", "reason"), stages)

@@ -2,7 +2,7 @@
 const root = document.documentElement;
 const keep = (name, value) => { try { localStorage.setItem("tersor-" + name, value); } catch { /* a file may have no storage */ } };
 const kept = (name) => { try { return localStorage.getItem("tersor-" + name); } catch { return null; } };
-const caption = document.getElementById("point");
+const hints = new Map([...document.querySelectorAll("figcaption")].map((caption) => [caption, [...caption.childNodes]]));
 const points = document.querySelectorAll(".point");
 
 function speak(lang) {
@@ -14,7 +14,7 @@ function speak(lang) {
     point.setAttribute("aria-label", text);
     point.querySelector("title").textContent = text;
   }
-  if (caption) caption.textContent = "";
+  for (const [caption, hint] of hints) caption.replaceChildren(...hint);
 }
 
 function light(theme) {
@@ -37,6 +37,7 @@ document.getElementById("theme").addEventListener("click", () => {
   keep("theme", dark ? "light" : "dark");
 });
 for (const point of points) {
+  const caption = point.closest("figure").querySelector("figcaption");
   const show = () => { caption.textContent = point.dataset[root.dataset.lang]; };
   point.addEventListener("mouseenter", show);
   point.addEventListener("focus", show);

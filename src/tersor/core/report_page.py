@@ -5,12 +5,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from tersor.core.metric import Measurement
 from tersor.core.report import Report, StageReport
-from tersor.core.report_picture import corner, draw, x_metric
+from tersor.core.report_html import beside, both, heading, named, row, speak, table
+from tersor.core.report_operators import operators
+from tersor.core.report_picture import corner, costs, draw, x_metric
 from tersor.core.report_sensitivity import Sensitivity, sensitivities
 from tersor.core.report_text import recipe_text
 from tersor.core.report_view import (
@@ -58,7 +59,7 @@ def to_html(report: Report) -> str:
     Returns:
         HTML; every text of the report is escaped, and the page's policy forbids loading anything.
     """
-    style, script = _beside("report_page.css"), _beside("report_page.js")
+    style, script = beside("report_page.css"), beside("report_page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     titles = {lang: f"tersor: {headline(report, lang)}" for lang in LANGUAGES}
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -76,6 +77,7 @@ def to_html(report: Report) -> str:
         *_before_after(report),
         *_stages(report),
         *_picture(report),
+        *operators(report),
         *_limits(report),
         *_warnings(report),
         *_environment(report),
@@ -84,30 +86,6 @@ def to_html(report: Report) -> str:
         f"<footer>tersor, report schema {report.schema}</footer>",
         f"<script>{script}</script></body></html>",
     ]) + "\n"  # fmt: skip
-
-
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _both(en: str, zh: str) -> str:
-    """Put a text into both languages; one of them is shown."""
-    if en == zh:
-        return escape(en)
-    chinese = f'<span class="zh" lang="zh-CN">{escape(zh)}</span>'
-    return f'<span class="en" lang="en">{escape(en)}</span>{chinese}'
-
-
-def _say(key: str, **values: Any) -> str:
-    return _both(say(key, "en", **values), say(key, "zh", **values))
-
-
-def _metric(name: str) -> str:
-    return _both(metric_word(name, "en"), metric_word(name, "zh"))
-
-
-def _heading(key: str) -> str:
-    return f'<h2 id="{key}">{_say(key)}</h2>'
 
 
 def _top(report: Report) -> list[str]:
@@ -121,16 +99,16 @@ def _top(report: Report) -> list[str]:
         ("took", human_seconds(report.seconds)),
     ]
     return [
-        f'<header><div class="bar"><span><strong>tersor</strong> {_say("title")}</span><span>',
+        f'<header><div class="bar"><span><strong>tersor</strong> {speak("title")}</span><span>',
         '<button id="language" type="button"><span class="en" lang="zh-CN">&#20013;&#25991;</span>'
         '<span class="zh" lang="en">English</span></button>',
-        f'<button id="theme" type="button">{_say("theme")}</button></span></div>',
+        f'<button id="theme" type="button">{speak("theme")}</button></span></div>',
         f'<h1><span class="headline en" lang="en">{escape(headline(report, "en"))}</span>'
         f'<span class="headline zh" lang="zh-CN">{escape(headline(report, "zh"))}</span></h1>',
-        f'<p><span class="status {kind}">{_say(status)}</span></p>',
+        f'<p><span class="status {kind}">{speak(status)}</span></p>',
         '<dl class="facts">',
         *(
-            f"<dt>{_say(key)}</dt><dd><code>{escape(text)}</code></dd>"
+            f"<dt>{speak(key)}</dt><dd><code>{escape(text)}</code></dd>"
             for key, text in facts
             if text
         ),
@@ -140,8 +118,8 @@ def _top(report: Report) -> list[str]:
 
 def _before_after(report: Report) -> list[str]:
     rows = [
-        _row(
-            _metric(pair.metric),
+        row(
+            named(pair.metric),
             _figure(pair.before),
             _figure(pair.after),
             _split(change(pair, "en"), change(pair, "zh")),
@@ -151,24 +129,10 @@ def _before_after(report: Report) -> list[str]:
     ]
     head = ("metric", "before", "after", "change", "how")
     return [
-        _heading("before_after"),
-        f'<p class="note">{_say("before_note")}</p>',
-        *_table(head, rows),
+        heading("before_after"),
+        f'<p class="note">{speak("before_note")}</p>',
+        *table(head, rows),
     ]
-
-
-def _table(head: Sequence[str], rows: Sequence[str]) -> list[str]:
-    cells = "".join(f'<th scope="col">{_say(key) if key else ""}</th>' for key in head)
-    return [
-        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>',
-        *rows,
-        "</tbody></table></div>",
-    ]
-
-
-def _row(name: str, *figures: str, how: str) -> str:
-    cells = "".join(f'<td class="number">{figure}</td>' for figure in figures)
-    return f'<tr><th scope="row">{name}</th>{cells}<td class="how">{escape(how)}</td></tr>'
 
 
 def _figure(measurement: Measurement | None) -> str:
@@ -179,24 +143,24 @@ def _split(en: str, zh: str) -> str:
     """Set the bracket of a figure, its interval, below it."""
     (value_en, _, rest_en), (value_zh, _, rest_zh) = en.partition(" ("), zh.partition(" (")
     below = (
-        f'<span class="spread">{_both(rest_en.rstrip(")"), rest_zh.rstrip(")"))}</span>'
+        f'<span class="spread">{both(rest_en.rstrip(")"), rest_zh.rstrip(")"))}</span>'
         if rest_en
         else ""
     )
-    return _both(value_en, value_zh) + below
+    return both(value_en, value_zh) + below
 
 
 def _stages(report: Report) -> list[str]:
-    lines = [_heading("stages")]
+    lines = [heading("stages")]
     if not report.stages:
-        return [*lines, f"<p>{_say('stages_none')}</p>"]
+        return [*lines, f"<p>{speak('stages_none')}</p>"]
     metric, quality = x_metric(report), quality_metric(report)
     figures = stage_figures(report)
     measured = [find(shown, metric) for shown in figures]
     original = find(originals(report), metric)
     longest = max([m.value for m in (original, *measured) if m is not None], default=0.0)
     words = (say("stages_note", lang, metric=metric_word(metric, lang)) for lang in LANGUAGES)
-    lines += [f'<p class="note">{_both(*words)}</p>', '<ol class="stages">']
+    lines += [f'<p class="note">{both(*words)}</p>', '<ol class="stages">']
     if original is not None:
         bar = _bar(original, longest, "original", original, find(originals(report), quality))
         lines.append(f'<li><div class="stage">{_verdict("original")}</div>{bar}</li>')
@@ -223,7 +187,7 @@ def _stage(number: int, stage: StageReport) -> list[str]:
 def _verdict(kind: str, word: str = "") -> str:
     """Write a verdict as word, sign and color."""
     icon = f'<svg viewBox="0 0 16 16" aria-hidden="true" focusable="false">{_ICONS[kind]}</svg>'
-    return f'<span class="verdict {kind}">{icon}{_say(word or kind)}</span>'
+    return f'<span class="verdict {kind}">{icon}{speak(word or kind)}</span>'
 
 
 def _bar(
@@ -238,9 +202,9 @@ def _bar(
     beside = [f"<strong>{escape(value)}</strong>"]
     if original is not None and original.value > 0 and kind != "original":
         percent = f"{100 * now.value / original.value:.0f} %"
-        beside.append(f'<span class="quiet">{_say("of_original", percent=percent)}</span>')
+        beside.append(f'<span class="quiet">{speak("of_original", percent=percent)}</span>')
     if quality is not None:
-        text = f"{_metric(quality.metric)} {escape(human(quality.value, quality.unit))}"
+        text = f"{named(quality.metric)} {escape(human(quality.value, quality.unit))}"
         beside.append(f'<br><span class="quiet">{text}</span>')
     label = escape(f"{say(kind)}: {metric_word(now.metric)} {value}")
     shapes = ['<rect class="track" width="100%" height="14"/>']
@@ -259,7 +223,7 @@ def _bar(
 def _sensitivity(found: Sensitivity) -> list[str]:
     """Draw what each layer loses with each setting: a table whose shades are the picture."""
     settings, chosen = found.settings, found.chosen
-    heads = [_say("layer"), *map(escape, settings), *([_say("chosen")] if chosen else [])]
+    heads = [speak("layer"), *map(escape, settings), *([speak("chosen")] if chosen else [])]
     rows = []
     for layer, losses in found.losses.items():
         marked, exact = found.marked(layer) or ("", True)
@@ -268,10 +232,10 @@ def _sensitivity(found: Sensitivity) -> list[str]:
         cells += [f'<td class="taken">{escape(chosen.get(layer, "-"))}</td>'] if chosen else []
         rows.append(f'<tr><th scope="row">{escape(layer)}</th>{"".join(cells)}</tr>')
     words = (say("sensitivity", lang, technique=found.technique) for lang in LANGUAGES)
-    fragment = f'<p>{_say("fragment")}</p><pre class="paste">{escape(found.fragment)}</pre>'
+    fragment = f'<p>{speak("fragment")}</p><pre class="paste">{escape(found.fragment)}</pre>'
     return [
-        f"<details open><summary>{_both(*words)}</summary>",
-        f'<p class="note">{_say("sensitivity_note")}{_say("chosen_note") if chosen else ""}</p>',
+        f"<details open><summary>{both(*words)}</summary>",
+        f'<p class="note">{speak("sensitivity_note")}{speak("chosen_note") if chosen else ""}</p>',
         '<div class="scroll"><table class="heat"><thead><tr>',
         *(f'<th scope="col">{head}</th>' for head in heads),
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
@@ -294,16 +258,16 @@ def _details(stage: StageReport, figures: Sequence[Measurement]) -> list[str]:
         ("facts", to_plain(stage.facts)),
     ]
     shown = [
-        f"<p>{_say(key)}</p><pre>{escape(json.dumps(content, indent=1, ensure_ascii=False))}</pre>"
+        f"<p>{speak(key)}</p><pre>{escape(json.dumps(content, indent=1, ensure_ascii=False))}</pre>"
         for key, content in blocks
         if content
     ]
     if figures:
-        rows = [_row(_metric(m.metric), _figure(m), how=m.how) for m in figures]
-        shown = [*_table(("metric", "measured", "how"), rows), *shown]
+        rows = [row(named(m.metric), _figure(m), how=m.how) for m in figures]
+        shown = [*table(("metric", "measured", "how"), rows), *shown]
     if not shown:
         return []
-    return [f"<details><summary>{_say('details')}</summary>", *shown, "</details>"]
+    return [f"<details><summary>{speak('details')}</summary>", *shown, "</details>"]
 
 
 def _attempt(attempt: Mapping[str, Any]) -> Any:
@@ -316,23 +280,34 @@ def _attempt(attempt: Mapping[str, Any]) -> Any:
 
 
 def _picture(report: Report) -> list[str]:
-    drawn = draw(report)
-    if not drawn:
-        return [_heading("picture"), f'<p class="note">{_say("picture_none")}</p>']
+    """Draw the quality against each cost, a figure each."""
+    shown = costs(report)
+    if not shown:
+        return [heading("picture"), f'<p class="note">{speak("picture_none")}</p>']
     notes = (_picture_note(report, lang) for lang in LANGUAGES)
-    kinds = dict.fromkeys(["original", *(stage.verdict for stage in report.stages)])
+    tried = ["dropped"] if any(stage.attempts for stage in report.stages) else []
+    kinds = dict.fromkeys(["original", *(stage.verdict for stage in report.stages), *tried])
+    legend = "".join(_verdict(kind) for kind in kinds)
+    line = '<svg viewBox="0 0 22 8" aria-hidden="true"><path class="front" d="M1 1h9v6h11"/></svg>'
     return [
-        _heading("picture"),
-        f'<p class="note">{_both(*notes)}</p>',
-        f'<figure>{drawn}<div class="legend">{"".join(_verdict(kind) for kind in kinds)}</div>',
-        '<figcaption id="point" aria-live="polite"></figcaption></figure>',
+        heading("picture"),
+        f'<p class="note">{both(*notes)}</p>',
+        f'<div class="legend">{legend}<span class="key">{line}{speak("front")}</span></div>',
+        '<div class="panels">',
+        *(
+            f"<figure>{draw(report, cost)}"
+            f'<figcaption aria-live="polite">{speak("point_at")}</figcaption></figure>'
+            for cost in shown
+        ),
+        "</div>",
     ]
 
 
 def _picture_note(report: Report, lang: Language) -> str:
-    names = {"y": quality_metric(report), "x": x_metric(report), "area": "size"}
-    words = {place: metric_word(name, lang) for place, name in names.items()}
-    what = say("picture_metrics", lang, **words)
+    names = [metric_word(name, lang) for name in costs(report)]
+    x = say("comma", lang).join(names)
+    y = metric_word(quality_metric(report), lang)
+    what = say("picture_metrics", lang, y=y, x=x, area=metric_word("size", lang))
     note = say("picture_note", lang, corner=say(corner(report), lang))
     return f"{what[0].upper()}{what[1:]} {note}"
 
@@ -349,31 +324,31 @@ def _limits(report: Report) -> list[str]:
             _verdict("kept", "holds") if limit.holds else _verdict("dropped", "broken"),
         ]
         tds = "".join(f'<td class="number">{cell}</td>' for cell in cells)
-        rows.append(f'<tr><th scope="row">{_metric(limit.metric)}</th>{tds}</tr>')
+        rows.append(f'<tr><th scope="row">{named(limit.metric)}</th>{tds}</tr>')
     head = ("metric", "asked", "bound", "value", "")
-    note = f'<p class="note">{_say("limits_note")}</p>'
-    return [_heading("limits"), note, *_table(head, rows)]
+    note = f'<p class="note">{speak("limits_note")}</p>'
+    return [heading("limits"), note, *table(head, rows)]
 
 
 def _warnings(report: Report) -> list[str]:
     if not report.warnings:
-        return [_heading("warnings"), f'<p class="note">{_say("warnings_none")}</p>']
+        return [heading("warnings"), f'<p class="note">{speak("warnings_none")}</p>']
     items = "".join(f"<li>{escape(text)}</li>" for text in report.warnings)
-    return [_heading("warnings"), f'<ul class="warnings">{items}</ul>']
+    return [heading("warnings"), f'<ul class="warnings">{items}</ul>']
 
 
 def _environment(report: Report) -> list[str]:
     rows = flat(to_plain(report.environment))
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in rows)
-    return [_heading("environment"), f'<dl class="facts">{facts}</dl>'] if rows else []
+    return [heading("environment"), f'<dl class="facts">{facts}</dl>'] if rows else []
 
 
 def _reproduce(report: Report) -> list[str]:
     command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
     recipe = recipe_text(report)
     folded = (
-        f"<details><summary>{_say('recipe')}</summary><pre>{escape(recipe)}</pre></details>"
+        f"<details><summary>{speak('recipe')}</summary><pre>{escape(recipe)}</pre></details>"
         if recipe
         else ""
     )
-    return [_heading("reproduce"), command, f'<p class="note">{_say("reproduce_note")}</p>', folded]
+    return [heading("reproduce"), command, f'<p class="note">{speak("reproduce_note")}</p>', folded]

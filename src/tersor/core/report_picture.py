@@ -1,14 +1,19 @@
-"""The picture of a report: quality against latency, area for size, as inline SVG."""
+"""The pictures of a report: quality against each cost, area for size, as inline SVG."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from string import ascii_lowercase
+from typing import Any
+
+import yaml
 
 from tersor.core.goal import Limit
 from tersor.core.metric import Measurement
 from tersor.core.report import Report
 from tersor.core.report_view import (
+    attempt_figures,
     best_metric,
     figure,
     find,
@@ -17,10 +22,15 @@ from tersor.core.report_view import (
     stage_figures,
 )
 from tersor.core.report_words import LANGUAGES, Language, human, metric_word, say
+from tersor.core.schema import to_plain
 
-WIDTH, HEIGHT = 880, 430
-_LEFT, _RIGHT, _TOP, _BOTTOM = 78, 24, 28, 52
-_LARGEST, _SMALLEST = 26.0, 7.0
+WIDTH, HEIGHT = 460, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 28, 28, 50
+_LARGEST, _SMALLEST = 20.0, 5.5
+_LONGEST = 160
+"""Characters of a step's settings in a tip."""
+_COSTS = ("latency", "size", "energy", "cpu_seconds", "peak_memory")
+"""A picture each, where they were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +45,65 @@ class Point:
     x: Measurement
     y: Measurement
     area: Measurement | None
+    steps: str = ""
+    """What led there, as in a recipe."""
 
 
-def points(report: Report) -> list[Point]:
-    """List what the picture shows; fewer than two points make no picture."""
-    x_name, y_name = x_metric(report), quality_metric(report)
-    wanted = [("original", "original", "", originals(report))]
-    for number, (stage, shown) in enumerate(
-        zip(report.stages, stage_figures(report), strict=True), 1
-    ):
-        wanted.append((str(number), stage.verdict, stage.name, shown))
-    if not report.stages:
-        wanted.append(("result", "result", "", report.after))
+def points(report: Report, cost: str = "") -> list[Point]:
+    """List what a picture shows; fewer than two points make no picture.
+
+    Args:
+        report: What a run had to say.
+        cost: The metric across; what was improved by default.
+    """
+    x_name, y_name = cost or x_metric(report), quality_metric(report)
+    wanted = [("original", "original", "", "", originals(report))]
+    done: tuple[Any, ...] = ()
+    numbered = zip(report.stages, stage_figures(report), attempt_figures(report), strict=True)
+    for number, (stage, shown, tried) in enumerate(numbered, 1):
+        for letter, (attempt, figures) in zip(ascii_lowercase, tried, strict=False):
+            steps = _steps((*done, *attempt.get("settings", ())))
+            wanted.append((f"{number}{letter}", "dropped", stage.name, steps, figures))
+        wanted.append(
+            (str(number), stage.verdict, stage.name, _steps((*done, *stage.settings)), shown)
+        )
+        if stage.verdict != "dropped":
+            done = (*done, *stage.settings)
+    if not report.stages or not _seen(wanted[1:], x_name, y_name):
+        # slow metrics are measured before and after a run only
+        wanted = [
+            ("original", "original", "", "", report.before),
+            ("result", "result", "", _steps(done), report.after),
+        ]
+    return _seen(wanted, x_name, y_name)
+
+
+def _seen(
+    wanted: Sequence[tuple[str, str, str, str, Sequence[Measurement]]], x_name: str, y_name: str
+) -> list[Point]:
     found = []
-    for label, kind, name, measurements in wanted:
+    for label, kind, name, steps, measurements in wanted:
         x, y = find(measurements, x_name), find(measurements, y_name)
         if x is not None and y is not None and math.isfinite(x.value) and math.isfinite(y.value):
             area = find(measurements, "size")
-            found.append(Point(label=label, kind=kind, name=name, x=x, y=y, area=area))
+            point = Point(label=label, kind=kind, name=name, x=x, y=y, area=area, steps=steps)
+            found.append(point)
     return found
+
+
+def _steps(settings: Sequence[Any]) -> str:
+    """Write steps in a line: "fuse_batch_norm; static {calibrator: entropy}"."""
+    return "; ".join(
+        f"{name} {_flow(own)}" if own else str(name)
+        for step in to_plain(settings)
+        for name, own in (step.items() if isinstance(step, dict) else ((step, None),))
+    )
+
+
+def _flow(settings: Any) -> str:
+    text: str = yaml.safe_dump(settings, default_flow_style=True, width=10_000, allow_unicode=True)
+    text = text.removesuffix("...\n").strip()
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 def x_metric(report: Report) -> str:
@@ -62,16 +112,27 @@ def x_metric(report: Report) -> str:
     return "latency" if best in ("size", quality_metric(report)) else best
 
 
-def draw(report: Report) -> str:
-    """Draw the picture.
+def costs(report: Report) -> list[str]:
+    """List the metrics that a picture can be drawn of, what was improved first."""
+    wanted = dict.fromkeys((x_metric(report), *_COSTS))
+    return [cost for cost in wanted if len(points(report, cost)) >= 2]
+
+
+def draw(report: Report, cost: str = "") -> str:
+    """Draw the quality against a cost.
+
+    Args:
+        report: What a run had to say.
+        cost: The metric across; what was improved by default.
 
     Returns:
         An `svg` element with one focusable group a point, or "" where there are not two points.
     """
-    shown = points(report)
+    shown = points(report, cost)
     if len(shown) < 2:
         return ""
-    across = _Axis.over([_ends(p.x) for p in shown], _LEFT, WIDTH - _RIGHT)
+    # some percent of a cost at least, so that its ticks differ and noise is not blown up
+    across = _Axis.over([_ends(p.x) for p in shown], _LEFT, WIDTH - _RIGHT, least=0.03)
     bounds = _bounds(report, shown[0].y)
     up = _Axis.over(
         [*(_ends(p.y) for p in shown), *((b, b) for b in bounds)], HEIGHT - _BOTTOM, _TOP
@@ -80,7 +141,7 @@ def draw(report: Report) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-labelledby="picture">',
         *_grid(across, up, shown[0]),
         *(_bound(up, bound, shown[0].y.unit) for bound in bounds),
-        _path(across, up, shown),
+        _front(across, up, shown),
         *_circles(across, up, shown),
         "</svg>",
     ]
@@ -114,9 +175,11 @@ class _Axis:
     ticks: tuple[float, ...]
 
     @staticmethod
-    def over(spans: Sequence[tuple[float, float]], start: float, stop: float) -> "_Axis":
+    def over(
+        spans: Sequence[tuple[float, float]], start: float, stop: float, least: float = 0.0
+    ) -> "_Axis":
         low, high = min(s[0] for s in spans), max(s[1] for s in spans)
-        margin = (high - low or abs(high) or 1.0) * 0.12
+        margin = max((high - low or abs(high) or 1.0) * 0.12, abs(high) * least)
         low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
         step = _step((high - low) / 5)
         first = math.ceil(low / step)
@@ -186,11 +249,30 @@ def _bound(up: _Axis, bound: float, unit: str) -> str:
     return line + "".join(words)
 
 
-def _path(across: _Axis, up: _Axis, shown: Sequence[Point]) -> str:
-    """Join the original, the stages that stayed, and the result."""
-    stayed = [p for p in shown if p.kind != "dropped"]
-    places = " ".join(f"{across.at(p.x.value):.1f},{up.at(p.y.value):.1f}" for p in stayed)
-    return f'<polyline class="path" points="{places}"/>'
+def front(shown: Sequence[Point]) -> list[Point]:
+    """Return the points that no other is at least as good as in both, the cheapest first."""
+
+    def losses(point: Point) -> tuple[float, float]:
+        signs = (1 if m.better == "lower" else -1 for m in (point.x, point.y))
+        x, y = (s * m.value for s, m in zip(signs, (point.x, point.y), strict=True))
+        return x, y
+
+    best: list[Point] = []
+    for point in sorted(shown, key=losses):
+        if not best or losses(point)[1] < losses(best[-1])[1]:
+            best.append(point)
+    return best
+
+
+def _front(across: "_Axis", up: "_Axis", shown: Sequence[Point]) -> str:
+    """Draw the front as steps: what lies behind it is no better in either."""
+    places: list[str] = []
+    level = None
+    for point in front(shown):
+        x, y = f"{across.at(point.x.value):.1f}", f"{up.at(point.y.value):.1f}"
+        places += [f"{x},{y}"] if level is None else [f"{x},{level}", f"{x},{y}"]
+        level = y
+    return f'<polyline class="front" points="{" ".join(places)}"/>'
 
 
 def _circles(across: _Axis, up: _Axis, shown: Sequence[Point]) -> list[str]:
@@ -236,10 +318,11 @@ def _circle(
     left, right = (across.at(end) for end in _ends(point.x))
     low, high = (up.at(end) for end in _ends(point.y))
     color = "kept" if point.kind == "result" else point.kind
+    kind = f"{point.kind} try" if point.label[-1:].isalpha() and point.name else point.kind
     at = f"{label[0]:.1f}", f"{label[1]:.1f}"
     labels = "".join(_text(lang, *at, _short(point, lang), "middle") for lang in LANGUAGES)
     return (
-        f'<g class="point {point.kind}" tabindex="0" role="img" aria-label="{tips["en"]}" '
+        f'<g class="point {kind}" tabindex="0" role="img" aria-label="{tips["en"]}" '
         f'data-en="{tips["en"]}" data-zh="{tips["zh"]}"><title>{tips["en"]}</title>'
         f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
@@ -257,10 +340,10 @@ def tip(point: Point, lang: Language) -> str:
         title = say(point.kind, lang)
     else:
         title = f"{point.label}. {point.name} ({say(point.kind, lang)})"
-    shown = [m for m in (point.x, point.y, point.area) if m is not None]
-    return f"{title}: " + "; ".join(
-        f"{metric_word(m.metric, lang)} {figure(m, lang)}" for m in shown
-    )
+    shown = {m.metric: m for m in (point.x, point.y, point.area) if m is not None}
+    figures = [f"{metric_word(n, lang)} {figure(m, lang)}" for n, m in shown.items()]
+    recipe = [f"{say('steps', lang)} {point.steps}"] if point.steps else []
+    return f"{title}: " + "; ".join([*figures, *recipe])
 
 
 def _text(kind: str, x: float | str, y: float | str, words: str, anchor: str) -> str:

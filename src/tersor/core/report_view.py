@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tersor.core.metric import Better, Measurement
 from tersor.core.report import LimitReport, Ratio, Report
@@ -15,7 +15,9 @@ from tersor.core.report_words import (
     ratio_digits,
     say,
 )
+from tersor.core.schema import Mistakes, from_plain, to_plain
 
+T = TypeVar("T")
 COSTS = (
     "latency",
     "throughput",
@@ -213,17 +215,53 @@ def stage_figures(report: Report) -> list[tuple[Measurement, ...]]:
     Figures that were measured minutes apart differ by the mood of the machine, too. So the latency
     of a stage is the original's divided by the interleaved ratios of the stages up to it.
     """
+    return [
+        _comparable(stage.measurements, before, stage.speed)
+        for stage, before in zip(report.stages, _latencies(report), strict=True)
+    ]
+
+
+def attempt_figures(
+    report: Report,
+) -> list[list[tuple[Mapping[str, Any], tuple[Measurement, ...]]]]:
+    """Return the earlier tries of each stage with their measurements, latencies made comparable."""
+    found = []
+    for stage, before in zip(report.stages, _latencies(report), strict=True):
+        tried = []
+        for attempt in stage.attempts:
+            plain = to_plain(attempt)
+            own = [_read(Measurement, each) for each in plain.get("measurements") or ()]
+            kept = [each for each in own if each is not None]
+            tried.append((plain, _comparable(kept, before, _read(Ratio, plain.get("speed")))))
+        found.append(tried)
+    return found
+
+
+def _read(kind: type[T], plain: Any) -> T | None:
+    """Read back what a report keeps as plain data; None where it is something else."""
+    return from_plain(kind, plain, (), Mistakes())
+
+
+def _latencies(report: Report) -> list[Measurement | None]:
+    """Return the latency that each stage started from."""
     current = find(originals(report), "latency")
-    shown = []
+    found = []
     for stage in report.stages:
-        measured = find(stage.measurements, "latency")
-        after = measured
-        if current is not None and measured is not None and stage.speed is not None:
-            after = _divided(current, measured, stage.speed)
-        shown.append(tuple(after if m is measured and after else m for m in stage.measurements))
+        found.append(current)
         if stage.verdict != "dropped":
-            current = after
-    return shown
+            after = _comparable(stage.measurements, current, stage.speed)
+            current = find(after, "latency")
+    return found
+
+
+def _comparable(
+    measurements: Sequence[Measurement], before: Measurement | None, speed: Ratio | None
+) -> tuple[Measurement, ...]:
+    measured = find(measurements, "latency")
+    if before is None or measured is None or speed is None:
+        return tuple(measurements)
+    after = _divided(before, measured, speed)
+    return tuple(after if m is measured else m for m in measurements)
 
 
 def _divided(before: Measurement, measured: Measurement, speed: Ratio) -> Measurement:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
+
+from tersor.core.report_html import picture_page
 
 WIDTH, HEIGHT = 880, 470
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 230, 34, 52
@@ -229,27 +230,4 @@ def page(
     Returns:
         HTML; every text is escaped, and the page's policy forbids loading anything.
     """
-    style = Path(__file__).with_name("report_page.css").read_text(encoding="utf-8")
-    head, rows = table
-    body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en" data-lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            f"<title>tersor: {escape(title)}</title>",
-            f"<style>{style}{STYLE}</style></head>",
-            '<body><header><div class="bar"><strong>tersor</strong></div></header><main>',
-            f"<h1>{escape(title)}</h1>",
-            f'<p class="note">{escape(note)}</p>',
-            f"<figure>{draw(curves)}</figure>",
-            '<div class="scroll"><table><thead><tr>',
-            "".join(f"<th>{escape(cell)}</th>" for cell in head),
-            "</tr></thead><tbody>",
-            *(f"<tr>{cells}</tr>" for cells in body),
-            "</tbody></table></div>",
-            *(f'<p class="note">{escape(warning)}</p>' for warning in warnings),
-            "</main></body></html>\n",
-        ]
-    )
+    return picture_page(title, note, draw(curves), STYLE, table, warnings=warnings)

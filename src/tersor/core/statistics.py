@@ -48,6 +48,18 @@ class Comparison:
     self_check: Mapping[str, Any] | None = None
     """What the same procedure finds between a and a second copy of a."""
 
+    def _repr_html_(self) -> str:
+        from tersor.core.notebook import shown
+
+        row = (
+            f"{self.speedup:.3f}x [{self.low:.3f}, {self.high:.3f}]",
+            self.verdict,
+            f"{self.a_ms:.4g}",
+            f"{self.b_ms:.4g}",
+        )
+        head = ("speed of b", "verdict", "a, ms", "b, ms")
+        return shown("", head, [row], (self.how, *self.warnings))
+
 
 def judge(
     a_ms: np.ndarray, b_ms: np.ndarray, *, min_effect: float = 0.03, seed: int = 0
