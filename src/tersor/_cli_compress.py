@@ -290,6 +290,7 @@ def _show_plan(plan: "Plan", as_json: bool) -> int:
 def summary(report: "Report", place: Path) -> str:
     """Write what a run came to, for a terminal."""
     from tersor.core.report_view import change, figure, headline, limited, pairs
+    from tersor.core.report_view import predicted as predicted_of
     from tersor.core.report_words import human, human_seconds, metric_word
 
     parts = [headline(report), ""]
@@ -302,7 +303,7 @@ def summary(report: "Report", place: Path) -> str:
         parts.append(f"{number}. {stage.name}: {word} ({human_seconds(stage.seconds)})")
         parts.append(paragraph(stage.reason))
         if stage.predicted is not None:
-            parts.append(paragraph("{:.2f}x to {:.2f}x was predicted".format(*stage.predicted)))
+            parts.append(paragraph(f"{predicted_of(stage)} was predicted"))
     if report.limits:
         parts.append("")
     for limit in report.limits:

@@ -23,6 +23,7 @@ from tersor.core.report_view import (
     limited,
     originals,
     pairs,
+    predicted,
     quality_metric,
     stage_figures,
 )
@@ -170,6 +171,9 @@ def _stages(report: Report) -> list[str]:
             good = find(stage.measurements, quality)
             lines.append(_bar(now, longest, stage.verdict, original, good))
         lines.append(f'<p class="reason">{escape(stage.reason)}</p>')
+        if stage.predicted is not None:
+            told = (say("predicted", lang, gain=predicted(stage)) for lang in LANGUAGES)
+            lines.append(f'<p class="reason">{both(*told)}</p>')
         for each in sensitivities(stage):
             lines += _sensitivity(each)
         lines += [*_details(stage, figures[number - 1]), "</li>"]

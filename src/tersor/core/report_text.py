@@ -7,7 +7,16 @@ import yaml
 
 from tersor.core.report import Report, StageReport
 from tersor.core.report_sensitivity import sensitivities
-from tersor.core.report_view import change, figure, flat, headline, limited, pairs, stage_figures
+from tersor.core.report_view import (
+    change,
+    figure,
+    flat,
+    headline,
+    limited,
+    pairs,
+    predicted,
+    stage_figures,
+)
 from tersor.core.report_words import Language, human, human_seconds, metric_word, say
 from tersor.core.schema import to_plain
 
@@ -83,9 +92,10 @@ def _stages(report: Report, lang: Language) -> str:
         measured = (f"{metric_word(m.metric, lang)} {human(m.value, m.unit)}" for m in shown)
         verdict = f"**{say(stage.verdict, lang)}**"
         took = human_seconds(stage.seconds)
-        rows.append(
-            (str(number), _code(stage.name), verdict, "; ".join(measured), took, stage.reason)
-        )
+        reason = stage.reason
+        if stage.predicted is not None:
+            reason += f"; {say('predicted', lang, gain=predicted(stage))}"
+        rows.append((str(number), _code(stage.name), verdict, "; ".join(measured), took, reason))
     table = _table(head, rows)
     return "\n\n".join([table, *_attempts(stages, lang), *_fragments(stages, lang)])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from tersor.core.metric import Better, Measurement
-from tersor.core.report import LimitReport, Ratio, Report
+from tersor.core.report import LimitReport, Ratio, Report, StageReport
 from tersor.core.report_words import (
     Language,
     human,
@@ -207,6 +207,11 @@ def quality_metric(report: Report) -> str:
 def originals(report: Report) -> tuple[Measurement, ...]:
     """Return what the stages are seen against: the original on the split that decides."""
     return report.start or report.before
+
+
+def predicted(stage: StageReport) -> str:
+    """Write the gain that was predicted of a stage; empty: none was."""
+    return "" if stage.predicted is None else "{:.2f}x to {:.2f}x".format(*stage.predicted)
 
 
 def stage_figures(report: Report) -> list[tuple[Measurement, ...]]:
