@@ -9,10 +9,12 @@ from torch import nn
 from tersor.core import plugins
 from tersor.core.context import Data
 from tersor.core.hardware import probe
+from tersor.core.model import Inputs
 from tersor.core.runtime import Target
+from tersor.ops.blocks import find_blocks
 
 SHARES = (0.5, 0.65, 0.8)
-"""Of the latency, or of the parameters, that a smaller network is to keep."""
+"""Of the blocks, of the work or of the parameters, that a smaller network is to keep."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -33,6 +35,8 @@ class Facts:
     depthwise: bool
     norms: bool
     """Whether batch norms stand in it."""
+    blocks: int
+    """Residual blocks that it runs without."""
     target: Target
     data: Data
     best: str
@@ -46,6 +50,7 @@ class Facts:
 
 def facts_of(
     net: nn.Module,
+    inputs: Inputs,
     work: Mapping[str, Any],
     target: Target,
     data: Data,
@@ -56,6 +61,7 @@ def facts_of(
 
     Args:
         net: The network.
+        inputs: How to call it.
         work: By kind of layer, as `explainer.work_of` counts it.
         target: Where it is to run.
         data: Batches by role.
@@ -66,6 +72,7 @@ def facts_of(
     return Facts(
         shares={kind: each.macs / total for kind, each in work.items()},
         depthwise=any(each.depthwise for each in work.values()),
+        blocks=len(find_blocks(net, inputs)[0]),
         norms=any(isinstance(module, _NORMS) for module in net.modules()),
         target=target,
         data=data,
@@ -79,12 +86,15 @@ def config(name: str, **settings: Any) -> Any:
     return plugins.technique(name).config(**settings)
 
 
-def preparations(facts: Facts) -> list[list[Idea]]:
+def foldings(facts: Facts) -> list[Idea]:
+    """List what changes no output and helps whatever comes after it."""
+    why = "batch norms cost a pass over memory each, and ranges are better without them"
+    return [Idea(stage=(config("fuse_batch_norm"),), why=why)] if facts.norms else []
+
+
+def fusions(facts: Facts) -> list[list[Idea]]:
     """List what changes no output and may help the runtime; each group may hinder quantizers."""
     groups = []
-    if facts.norms:
-        why = "batch norms cost a pass over memory each, and ranges are better without them"
-        groups.append([Idea(stage=(config("fuse_batch_norm"),), why=why)])
     if facts.share("linear layers") > 0.2:
         ones = (
             ("fuse_qkv", "three products of one input are one larger product"),
@@ -142,17 +152,19 @@ def shrinkers(facts: Facts) -> list[list[Idea]]:
     families = []
     narrower = "narrower layers multiply less and move less"
 
-    def family(step: str, name: str, why: str, **more: Any) -> list[Idea]:
-        cuts = [config(step, **{name: share}, **more) for share in SHARES]
-        return [Idea(stage=(cut, recovery), why=why) for cut in cuts]
+    def family(step: str, why: str, settings: Sequence[Mapping[str, Any]]) -> list[Idea]:
+        return [Idea(stage=(config(step, **each), recovery), why=why) for each in settings]
 
     if facts.share("recurrent layers") > 0.5:
-        return [family("student", "width", narrower)]
-    if facts.best != "size":
+        return [family("student", narrower, [{"width": share} for share in SHARES])]
+    counts = dict.fromkeys(round((1 - share) * facts.blocks) for share in SHARES)
+    if any(counts):
         why = "whole residual blocks go, with all that it costs to start them"
-        families.append(family("drop_layers", "latency", why))
-    measure = "parameters" if facts.best == "size" else "latency"
-    families.append(family("channels", measure, narrower, ranking="global_normalized"))
+        drops = [{"blocks": count} for count in counts if count]
+        families.append(family("drop_layers", why, drops))
+    measure = "parameters" if facts.best == "size" else "macs"
+    cuts = [{measure: share, "ranking": "global_normalized"} for share in SHARES]
+    families.append(family("channels", narrower, cuts))
     return families
 
 

@@ -23,8 +23,9 @@ from tersor import roofline, trainer
 from tersor._advice import (
     Idea,
     facts_of,
+    foldings,
+    fusions,
     lacking,
-    preparations,
     quantizers,
     shrinkers,
     trained,
@@ -283,7 +284,7 @@ class _Work:
         self.feeds = timing_inputs(({n: b[n] for n in names} for b in batches), run.batch)
         work = work_of(run.original, self.feeds[0])
         self.facts = facts_of(
-            run.original, work, run.recipe.target, run.data, goal.best, MOST_EPOCHS
+            run.original, run.inputs, work, run.recipe.target, run.data, goal.best, MOST_EPOCHS
         )
 
     @property
@@ -306,7 +307,8 @@ class _Work:
 
     def prepare(self) -> None:
         """Try what changes no output, group by group."""
-        for group in preparations(self.facts):
+        self.starts = [self._chain(foldings(self.facts), self.starts[0])]
+        for group in fusions(self.facts):
             after = self._chain(group, self.starts[-1])
             if after is not self.starts[-1]:
                 self.starts.append(after)
