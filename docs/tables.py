@@ -75,6 +75,9 @@ def rendered(text: str, *, chinese: bool) -> str:
         "aa": self_check,
         "startup": startup,
         "loadgen": loadgen,
+        "batch_sweep": lambda _: swept(),
+        "roofs": lambda _: roofs(),
+        "sums": lambda _: sums(),
         "pruned": pruned,
         "ways": pruning_ways,
         "oneshot": one_shot,
@@ -945,6 +948,80 @@ def self_check(chinese: bool) -> str:
         f"{raw['false_alarms_without_minimum_effect']} of the first row would be called different. "
         f"The machine was busy: load average {load['before']} before, {load['after']} after.\n"
     )
+
+
+def swept() -> str:
+    """One row a batch size and network; the knee in bold."""
+    raw = stored("batch_sweep")
+    if raw is None:
+        return ""
+    head = ["network", "batch", "ms/batch", "ms/sample", "samples/s", "batches/s"]
+    rows = []
+    for found in raw["results"]:
+        picked = found["sweep"]["picked"]["knee"]
+        for cell in found["sweep"]["cells"]:
+            if cell["status"] != "ran":
+                continue
+            row = [
+                found["network"],
+                str(cell["batch"]),
+                f"{cell['batch_ms']:.3g} [{cell['low_ms']:.3g}, {cell['high_ms']:.3g}]",
+                f"{cell['sample_ms']:.3g}",
+                f"{cell['samples_per_s']:.4g}",
+                f"{cell['batches_per_s']:.4g}",
+            ]
+            knee = picked is not None and cell["batch"] == picked["batch"]
+            rows.append([f"**{text}**" for text in row] if knee else row)
+    load = max(found["environment"]["machine"]["load_1min"] for found in raw["results"])
+    return (
+        table(head, rows)
+        + "\nONNX Runtime, one instance on one thread. Bold: the knee. Rendered from "
+        f"`benchmarks/results/batch_sweep.json`; load average at most {load:.1f}.\n"
+    )
+
+
+def roofs() -> str:
+    """One row a roof: what `profile` measures, beside other probes."""
+    raw = stored("roofs")
+    if raw is None:
+        return ""
+    rows = []
+    for row in raw["roofs"]:
+        ours = row["best"]["tersor"]
+        others = {name: value for name, value in row["best"].items() if name != "tersor"}
+        name, best = max(others.items(), key=lambda item: item[1])
+        rows.append(
+            [
+                row["roof"],
+                f"{ours:.1f} {row['unit']}",
+                f"{best:.1f} {row['unit']} ({name})",
+                f"{ours / best:.2f}",
+            ]
+        )
+    load = raw["environment"]["machine"]["load_1min"]
+    return (
+        table(["roof", "profile", "fastest other probe", "ratio"], rows)
+        + f"\nOne thread; `python benchmarks/roofs.py`, load average {load:.1f}.\n"
+    )
+
+
+def sums() -> str:
+    """One row a network and runtime: operators' times beside the latency."""
+    raw = stored("roofs")
+    if raw is None or not raw["sums"]:
+        return ""
+    rows = [
+        [
+            row["network"],
+            row["runtime"],
+            str(row["operators"]),
+            f"{row['latency_ms']:.3f} ms",
+            f"{row['operators_ms']:.3f} ms",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in raw["sums"]
+    ]
+    return table(["network", "runtime", "operators", "latency", "their sum", "ratio"], rows)
 
 
 def loadgen(chinese: bool) -> str:

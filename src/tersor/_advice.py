@@ -15,6 +15,7 @@ from tersor.ops.blocks import find_blocks
 
 SHARES = (0.5, 0.65, 0.8)
 """Of the blocks, of the work or of the parameters, that a smaller network is to keep."""
+_ANEW_LR, _ANEW_HARD = 2e-3, 0.3
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -156,6 +157,8 @@ def shrinkers(facts: Facts) -> list[list[Idea]]:
         return [Idea(stage=(config(step, **each), recovery), why=why) for each in settings]
 
     if facts.share("recurrent layers") > 0.5:
+        # gates that lost half of what they read learn anew, rather than recover
+        recovery = replace(recovery, lr=_ANEW_LR, hard=_ANEW_HARD)
         return [family("student", narrower, [{"width": share} for share in SHARES])]
     counts = dict.fromkeys(round((1 - share) * facts.blocks) for share in SHARES)
     if any(counts):
