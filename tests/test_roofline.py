@@ -102,6 +102,16 @@ def test_a_network_is_profiled(runtime: str, roofs, tmp_path: Path):
     assert "the operators' times add up to" in found.words[-1]
 
 
+def test_weights_may_lie_beside_the_file(roofs, tmp_path: Path):
+    import onnx
+
+    file = linear_onnx(tmp_path / "linear.onnx", width=512, classes=256)
+    onnx.save_model(onnx.load(file), file, save_as_external_data=True, location="linear.onnx.data")
+    x = np.zeros((4, 512), np.float32)
+    found = profile(file, Target(runtime="onnxruntime", options={"threads": 1}), [{"x": x}])
+    assert sum(each.macs for each in found.layers) == 4 * 512 * 256
+
+
 def test_what_cannot_be_profiled(roofs, tmp_path: Path):
     file = linear_onnx(tmp_path / "linear.onnx")
     with pytest.raises(TargetError, match=r"torch_export does not tell where its time goes; prof"):

@@ -302,7 +302,9 @@ def fused(path: Path, target: Target) -> Sequence[RanOperator]:
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
         written = Path(folder) / "optimized.onnx"
         _session(path, target, write_to=written)
-        return covered(onnx.load(path), onnx.load(written))
+        # only operators are read; weights beside the file are not beside what was written
+        graphs = (onnx.load(file, load_external_data=False) for file in (path, written))
+        return covered(*graphs)
 
 
 def _weight(about: Mapping[str, Any]) -> tuple[int, ...]:
