@@ -158,7 +158,7 @@ def advise(
     threads: Threads = None,
     minutes: Annotated[
         float, option("--minutes", "M", "of training at most, in a stage", min=0, show_default=True)
-    ] = 5.0,
+    ] = 3.0,
     weights: Weights = None,
     partial: Partial = False,
     out: Annotated[Path | None, option("--out", "FILE.yaml", "write the recipe, too")] = None,

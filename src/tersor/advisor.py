@@ -48,10 +48,12 @@ from tersor.verdict import SPEEDS, bound_of, show
 GOALS = ("latency", "throughput", "size")
 TRIED_S = 20.0
 """Seconds of training that a smaller network is given before it is judged."""
-MINUTES = 5.0
+MINUTES = 3.0
 """Of training that a stage of the recipe may ask for, as long as nobody says otherwise."""
 HOPE = 4.0
 """How many times the allowed loss a network may lack after those seconds."""
+LEAST = 1.05
+"""Gain below which a smaller network is not worth its training."""
 MOST_EPOCHS = 50.0
 SPREAD = 1.3
 """A gain that was seen is predicted within this factor of it, both ways."""
@@ -372,27 +374,42 @@ class _Work:
             )
             return
         for family in shrinkers(self.facts):
-            for idea in family:
-                trial = self._tried(idea.stage, self.first)
-                if trial is None:
-                    break
-                near, lacks = self._near(trial)
-                gain = _gain(trial, self.goal.best, self.first)
-                state = trial.state
-                trial.close()
-                if state is None:
-                    self._refused(idea.stage, trial)
-                    break
-                if gain <= 1.05:
-                    self.refusals.append(Refusal(stage=idea.stage, reason=f"only {gain:.2f}x"))
-                    break
-                if not near:
-                    self.refusals.append(Refusal(stage=idea.stage, reason=lacks))
-                    continue
-                stage = trained(idea.stage, self._epochs())
-                made = _suggestion(idea, stage, gain, trial, WEAKER)
-                self.shrunk = [replace(made, seen=f"{made.seen}; {lacks}")]
+            # the one in the middle tells on which side of it to look
+            middle = len(family) // 2
+            found = self._shrunk(family[middle])
+            if found is not None:
+                found = self._stronger(family[:middle], found)
+            else:
+                milder = (self._shrunk(idea) for idea in family[middle + 1 :])
+                found = next((each for each in milder if each is not None), None)
+            if found is not None:
+                self.shrunk = [found]
                 return
+
+    def _stronger(self, family: Sequence[Idea], found: Suggestion) -> Suggestion:
+        """Go on to stronger cuts as long as they may recover."""
+        for idea in reversed(family):
+            other = self._shrunk(idea)
+            if other is None:
+                break
+            found = other
+        return found
+
+    def _shrunk(self, idea: Idea) -> Suggestion | None:
+        """Try a smaller network; None where more training will not bring it inside the limits."""
+        trial = self._tried(idea.stage, self.first)
+        if trial is None:
+            return None
+        near, lacks = self._near(trial)
+        gain = _gain(trial, self.goal.best, self.first)
+        trial.close()
+        if trial.state is not None and near and gain > LEAST:
+            stage = trained(idea.stage, self._epochs())
+            made = _suggestion(idea, stage, gain, trial, WEAKER)
+            return replace(made, seen=f"{made.seen}; {lacks}")
+        reason = lacks if gain > LEAST or trial.state is None else f"only {gain:.2f}x"
+        self.refusals.append(Refusal(stage=idea.stage, reason=reason))
+        return None
 
     def _epochs(self) -> float:
         """Return as many passes as there is time for."""
