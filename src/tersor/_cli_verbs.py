@@ -144,7 +144,6 @@ def inspect(
     short_help="try what may help, and write the recipe of what does",
     epilog=example(
         "tersor advise tersor.demo.network:trained --data digits",
-        "tersor compress tersor.demo.network:trained --data digits --recipe auto",
         "tersor advise tersor.demo.network:trained --data digits --machine all",
     ),
 )
@@ -157,7 +156,7 @@ def advise(
     batch: Batch = 1,
     threads: Threads = None,
     minutes: Annotated[
-        float, option("--minutes", "M", "of training at most, in a stage", min=0, show_default=True)
+        float, option("--minutes", "M", "of training, in a stage", min=0, show_default=True)
     ] = 3.0,
     weights: Weights = None,
     partial: Partial = False,
@@ -166,8 +165,8 @@ def advise(
         list[str] | None,
         option(
             "--machine",
-            "NAME|FILE.yaml|all",
-            "predict for a machine that is not here (repeatable)",
+            "NAME|FILE",
+            "predict for a machine not here, or for all (repeatable)",
             complete="machines",
         ),
     ] = None,

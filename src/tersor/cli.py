@@ -39,7 +39,6 @@ from tersor._cli_verbs import verbs
 
 VERBS = (
     "compress",
-    "advise",
     "measure",
     "compare",
     "explain",
@@ -50,6 +49,7 @@ VERBS = (
     "list",
     "show",
     "inspect",
+    "advise",
     "doctor",
     "demo",
 )
