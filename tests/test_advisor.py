@@ -179,12 +179,31 @@ def test_a_resumed_run_follows_the_same_advice(
     assert (stage["name"], stage["predicted"]) == ("fuse_batch_norm", [1.0, 1.5])
 
 
+def test_it_stops_between_trials() -> None:
+    asked: list[int] = []
+
+    def should_stop() -> bool:
+        asked.append(1)
+        return len(asked) > 1
+
+    data = replace(networks.data(), train=None)
+    with pytest.raises(KeyboardInterrupt):
+        advise(module(), data, target=EAGER, goal=SIZE, should_stop=should_stop)
+    assert len(asked) == 2
+
+
 def test_the_verb_says_what_is_wrong(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["advise", f"{script}:net", "--data", f"{script}:data"]
     code, err = failing(capsys, *words, "--out", str(tmp_path / "x.json"))
     assert (code, err) == (2, f"--out '{tmp_path / 'x.json'}' must end in .yaml\n")
+    code, err = failing(capsys, *words, "--machine", "l4", "--best", "size")
+    assert code == 2
+    assert "with --machine nothing is tried, so that --best has no meaning" in err
+    code, err = failing(capsys, words[0], words[1])
+    assert code == 2
+    assert "give --data DATA, or a --machine to predict for" in err
     code, err = failing(capsys, *words, "--best", "accuracy")
     assert code == 2
     assert "advise knows how to improve latency, throughput, size, not accuracy" in err

@@ -100,7 +100,7 @@ def test_where_to_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         (
             ("l4",),
             {"link": "50Mbit,30ms", "server": "h100", "edge_link": "1Gbit,1ms"},
-            "--edge-link needs --edge",
+            "--edge and --edge-link go together",
         ),
     ],
 )

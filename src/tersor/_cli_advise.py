@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tersor._cli_talk import Progress, paragraph, show, show_json, table, tell
+from tersor._cli_talk import Progress, interruptible, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
     from tersor.advisor import Advice
@@ -54,15 +54,22 @@ def advise(
     loaded = pipeline.load(model, weights=weights, partial=partial)
     for note in loaded.notes:
         tell(note)
-    found = advisor.advise(
-        loaded,
-        pipeline.load_data(data),
-        target=chosen,
-        goal=goal,
-        batch=batch,
-        minutes=minutes,
-        display=Progress(),
-    )
+    batches = pipeline.load_data(data)
+    try:
+        with interruptible() as should_stop:
+            found = advisor.advise(
+                loaded,
+                batches,
+                target=chosen,
+                goal=goal,
+                batch=batch,
+                minutes=minutes,
+                display=Progress(),
+                should_stop=should_stop,
+            )
+    except KeyboardInterrupt:
+        tell("interrupted; nothing is kept, run it again")
+        return 130
     if out is not None:
         out.write_text(_yaml(found), encoding="utf-8")
     if as_json:
@@ -72,6 +79,21 @@ def advise(
     for warning in found.warnings:
         tell(f"warning: {warning}")
     return 0
+
+
+def check_described(**given: Any) -> None:
+    """Refuse words that say how to try steps where nothing is tried.
+
+    Raises:
+        RecipeError: names the first of them.
+    """
+    from tersor.core.errors import RecipeError
+
+    for name, value in given.items():
+        if value not in (None, []):
+            raise RecipeError(
+                f"with --machine nothing is tried, so that --{name} has no meaning; leave it out"
+            )
 
 
 def recipe_of(
@@ -89,7 +111,7 @@ def recipe_of(
     """Return the recipe that advise finds, with what it predicts; of a resumed run, the same again.
 
     Raises:
-        UnfitError: nothing pays.
+        UnfitError: nothing pays. KeyboardInterrupt: stopped, between two trials.
     """
     from tersor import advisor
     from tersor.core import files
@@ -101,16 +123,18 @@ def recipe_of(
         raw = json.loads(kept.read_text(encoding="utf-8"))
         return Recipe.parse(raw["recipe"], where=kept.name), [tuple(x) for x in raw["predicted"]]
     tell("trying what may help; every step is measured")
-    found = advisor.advise(
-        model,
-        data,
-        target=target,
-        goal=goal,
-        batch=batch,
-        fit=fit,
-        seed=seed,
-        display=Progress(),
-    )
+    with interruptible() as should_stop:
+        found = advisor.advise(
+            model,
+            data,
+            target=target,
+            goal=goal,
+            batch=batch,
+            fit=fit,
+            seed=seed,
+            display=Progress(),
+            should_stop=should_stop,
+        )
     if not found.suggestions:
         reasons = "; ".join(f"{_names(r.stage)}: {r.reason}" for r in found.refusals)
         raise UnfitError(f"advise found nothing that pays: {reasons}")

@@ -119,6 +119,10 @@ def _text(kind: str, name: str) -> str:
 
 
 def _file_entry(kind: str, name: str) -> dict[str, Any]:
+    if kind == "machines":
+        from tersor.core.machine import find
+
+        return {"name": name, "summary": find(name).what, "installed": True, "install": None}
     lines = _text(kind, name).splitlines()
     summary = lines[0].lstrip("# ").rstrip() if lines and lines[0].startswith("#") else ""
     return {"name": name, "summary": summary, "installed": True, "install": None}

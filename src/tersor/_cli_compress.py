@@ -92,17 +92,21 @@ def compress(
         on = chosen.target
         if threads is not None:
             on = replace(on, options={**on.options, "threads": threads})
-        chosen, predicted = _cli_advise.recipe_of(
-            out,
-            loaded,
-            batches,
-            goal=goal,
-            target=on,
-            batch=samples,
-            seed=number,
-            fit=trainer,
-            resume=resume,
-        )
+        try:
+            chosen, predicted = _cli_advise.recipe_of(
+                out,
+                loaded,
+                batches,
+                goal=goal,
+                target=on,
+                batch=samples,
+                seed=number,
+                fit=trainer,
+                resume=resume,
+            )
+        except KeyboardInterrupt:
+            tell("interrupted before there was a recipe; nothing is kept, run it again")
+            return 130
         goal = chosen.goal
     wanted: dict[str, Any] = {
         "data": batches,

@@ -70,8 +70,10 @@ def described(
         raise RecipeError(
             f"--link is between one device and a server; {len(chosen)} machines given"
         )
-    if edge_link and not edge:
-        raise RecipeError("--edge-link needs --edge, the machine at its other end")
+    if (edge is None) != (edge_link is None):
+        raise RecipeError(
+            "--edge and --edge-link go together, such as --edge l4 --edge-link 1000Mbit,2ms"
+        )
     away, near = find(server), None if edge is None else find(edge)
     near_way = None if edge_link is None else Link.parse(edge_link)
     net, inputs = _counted(model, data, batch, weights, partial)

@@ -56,6 +56,10 @@ def load(
         raise RecipeError(
             "--mode server needs --rate, or a --latency-limit to search the largest rate by"
         )
+    if "server" in modes and rate is not None and limit_ms is not None:
+        raise RecipeError(
+            "--mode server takes --rate, or a --latency-limit to search a rate by; not both"
+        )
     if (rate is not None or limit_ms is not None) and not (sweep or "server" in modes):
         raise RecipeError("--rate and --latency-limit are for --mode server and --sweep")
     if (batches or cells) and not sweep:

@@ -196,6 +196,7 @@ def advise(
 
     del debug
     if machine or link or server or edge or edge_link or deadline:
+        _cli_advise.check_described(target=target, best=best, limit=limit, threads=threads, out=out)
         code = _cli_described.described(
             model,
             data=data,

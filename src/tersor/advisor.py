@@ -126,6 +126,7 @@ def advise(
     fit: Fit | None = None,
     seed: int = 0,
     display: Track = silent,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Advice:
     """Try what may help, and return a recipe of what does; takes a minute or several.
 
@@ -140,6 +141,7 @@ def advise(
         fit: The trainer; tersor's own by default.
         seed: Decides every random number.
         display: Progress.
+        should_stop: Asked before every trial; True raises KeyboardInterrupt.
 
     Raises:
         RecipeError: another goal. ModelError: the network is no module. DataError: no `test`.
@@ -179,7 +181,7 @@ def advise(
             work=Path(folder),
             display=silent,
         )
-        work = _Work(run=run, brief=brief, minutes=minutes)
+        work = _Work(run=run, brief=brief, minutes=minutes, should_stop=should_stop)
         try:
             words = work.profiled()
             for step in display(work.phases, "trying steps", len(work.phases)):
@@ -266,6 +268,7 @@ class _Work:
     run: Run
     brief: Brief
     minutes: float
+    should_stop: Callable[[], bool]
     refusals: list[Refusal] = field(default_factory=list)
     prepared: list[Suggestion] = field(default_factory=list)
     shrunk: list[Suggestion] = field(default_factory=list)
@@ -438,6 +441,8 @@ class _Work:
         if absent:
             self.refusals.append(Refusal(stage=stage, reason=absent))
             return None
+        if self.should_stop():
+            raise KeyboardInterrupt
         self.number += 1
         folder = self.run.work / f"trial-{self.number}"
         folder.mkdir()
