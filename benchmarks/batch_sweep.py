@@ -17,7 +17,6 @@ from typing import Any
 from _networks import RESULTS, SHARED, stored, write
 
 NETWORKS = {"resnet20": "cifar", "vit": "fashion", "lstm": "speech"}
-KEPT = ("cells", "picked", "warnings", "environment")
 
 
 def main() -> int:
@@ -52,7 +51,8 @@ def swept(name: str, asked: Any) -> dict[str, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     found: dict[str, Any] = json.loads(done.stdout)
-    print(name, {key: value for key, value in found.items() if key not in KEPT}, flush=True)
+    found["subject"] = f"{NETWORKS[name]}.py:{name}"
+    print(name, "knee", found["sweep"]["knee"], flush=True)
     return found
 
 

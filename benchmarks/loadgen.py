@@ -11,6 +11,7 @@ its order-statistic interval, and all pairs. Exit code 1: a median is more than 
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -48,7 +49,12 @@ def main() -> int:
         words = [__file__, "--worker", str(model)]
         words += ["--pairs", str(arguments.pairs), "--seconds", str(arguments.seconds)]
         done = subprocess.run(
-            [str(PYTHON), *words], check=True, capture_output=True, text=True, cwd=folder
+            [str(PYTHON), *words],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent / "src")},
         )
     pairs = json.loads(done.stdout.splitlines()[-1])
     result = {

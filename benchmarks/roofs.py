@@ -4,15 +4,14 @@
 
 Roofs, one thread: matrix products in fp32, bf16 and int8 beside OpenVINO's own benchmark
 (`benchmark_app`, latency of the fastest run), and beside oneDNN through PyTorch where it has the
-format; bandwidths beside likwid-bench (LIKWID, Debian package likwid), `load` and `stream`, in
-memory and in the second cache. Probes take turns, and the best of each counts: other programs only
+format; bandwidths beside the same addition in C, in memory and in the second cache. Probes take
+turns, and the best of each counts: other programs only
 ever slow them. Operators: the sum of their times beside the latency, for six workloads on ONNX
 Runtime and OpenVINO. Needs the shared workloads. Writes benchmarks/results/roofs.json.
 """
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,41 @@ from _networks import RESULTS, SHARED, write
 from handmade import WORKLOADS
 
 SIZE = 512
+ADD = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+int main(int count, char **words) {
+  size_t bytes = atol(words[1]), n = bytes / 8, passes = (1 << 24) / bytes + 1;
+  size_t room = (bytes + (1 << 21)) >> 21 << 21;
+  double *array[3], best = 1e9;
+  for (int i = 0; i < 3; i++) {
+    array[i] = aligned_alloc(1 << 21, room);
+    madvise(array[i], room, MADV_HUGEPAGE);
+    for (size_t j = 0; j < n; j++) array[i][j] = i;
+  }
+  for (double until = now() + 0.7; now() < until;) {
+    double began = now();
+    for (size_t k = 0; k < passes; k++) {
+      double *restrict a = array[0], *restrict b = array[1], *restrict c = array[2];
+      for (size_t j = 0; j < n; j++) a[j] = b[j] + c[j];
+      __asm__ volatile("" ::: "memory");
+    }
+    double taken = (now() - began) / passes;
+    if (taken < best) best = taken;
+  }
+  printf("%f\n", 3 * 8.0 * n / best / 1e9);
+  return array[0][n - 1] < 0;
+}
+"""
 RUNTIMES = ("onnxruntime", "openvino")
 
 
@@ -70,15 +104,19 @@ def roofs(rounds: int) -> list[dict[str, Any]]:
             if kind != "int8":
                 probes["oneDNN by torch"] = lambda kind=kind: by_torch(kind)  # type: ignore[misc]
             rows.append(turns(kind, "GFLOP/s", probes, rounds))
-    for place, ours, room in (
-        ("memory", lambda: ceilings.triad(ceilings._large_bytes(), 1), "1GB"),
-        ("second cache", lambda: ceilings.triad(ceilings._small_bytes(), 1), "512kB"),
-    ):
-        probes = {"tersor": ours}
-        if shutil.which("likwid-bench"):
-            for test in ("stream_avx512", "load_avx512", "triad_avx512", "copy_avx512"):
-                probes[f"likwid {test}"] = lambda t=test, r=room: likwid(t, r)  # type: ignore[misc]
-        rows.append(turns(place, "GB/s", probes, rounds))
+        program = Path(folder) / "add"
+        (Path(folder) / "add.c").write_text(ADD)
+        words = ["cc", "-O3", "-march=native", str(Path(folder) / "add.c"), "-o", str(program)]
+        subprocess.run(words, check=True)
+        for place, size in (
+            ("memory", ceilings._large_bytes()),
+            ("second cache", ceilings._small_bytes()),
+        ):
+            probes = {
+                "tersor": lambda size=size: ceilings.add(size, 1),  # type: ignore[misc]
+                "C, large pages": lambda size=size: in_c(program, size),  # type: ignore[misc]
+            }
+            rows.append(turns(place, "GB/s", probes, rounds))
     return rows
 
 
@@ -137,11 +175,9 @@ def by_torch(kind: str) -> float:
     return float(2 * SIZE**3 / least / 1e9)
 
 
-def likwid(test: str, room: str) -> float:
-    words = ["likwid-bench", "-t", test, "-w", f"S0:{room}:1"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    (found,) = re.findall(r"MByte/s:\s+([\d.]+)", done.stdout)
-    return float(found) / 1e3
+def in_c(program: Path, size: int) -> float:
+    done = subprocess.run([str(program), str(size)], capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def summed(name: str, runtime: str) -> dict[str, Any]:

@@ -958,7 +958,7 @@ def swept() -> str:
     head = ["network", "batch", "ms/batch", "ms/sample", "samples/s", "batches/s"]
     rows = []
     for found in raw["results"]:
-        picked = found["sweep"]["picked"]["knee"]
+        picked = found["sweep"]["knee"]
         for cell in found["sweep"]["cells"]:
             if cell["status"] != "ran":
                 continue
