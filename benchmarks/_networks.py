@@ -36,6 +36,20 @@ def write(file: Path, result: dict[str, Any]) -> None:
     aside.replace(file)
 
 
+def test_images(count: int) -> tuple[Any, Any]:
+    """Return the first test images of CIFAR-10, and their labels."""
+    import torch
+
+    images, labels, held = [], [], 0
+    for batch in workload("cifar").data()["test"]:
+        images.append(batch["x"])
+        labels.append(batch["labels"])
+        held += len(batch["x"])
+        if held >= count:
+            break
+    return torch.cat(images)[:count], torch.cat(labels)[:count]
+
+
 def ways(batch: dict[str, Any]) -> Any:
     """Return how to call a network: the first samples of a batch, any number of them."""
     from tersor.core.model import Inputs

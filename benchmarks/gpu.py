@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _networks import RESULTS, workload, write
+from _networks import RESULTS, test_images, workload, write
 from torch import Tensor, nn
 
 FP16: dict[str, Any] = {"precision": "fp16"}
@@ -124,16 +124,9 @@ def subject(name: str) -> tuple[nn.Module, Tensor, np.ndarray | None]:
     torch.manual_seed(0)
     if name == "vit":
         return ViT().eval(), torch.randn(64, 3, 224, 224), None
-    module = workload("cifar")
-    images, labels, held = [], [], 0
-    for batch in module.data()["test"]:
-        images.append(batch["x"])
-        labels.append(batch["labels"])
-        held += len(batch["x"])
-        if held >= CHECKED:
-            break
-    net: nn.Module = getattr(module, name)().eval()
-    return net, torch.cat(images)[:CHECKED], torch.cat(labels)[:CHECKED].numpy()
+    images, labels = test_images(CHECKED)
+    net: nn.Module = getattr(workload("cifar"), name)().eval()
+    return net, images, labels.numpy()
 
 
 def timed(

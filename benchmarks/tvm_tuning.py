@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _networks import RESULTS, workload, write
+from _networks import RESULTS, test_images, workload, write
 
 
 def main() -> int:
@@ -98,17 +98,8 @@ def operators(tuning: dict[str, Any]) -> dict[str, float]:
 
 def subject(count: int) -> tuple[Any, Any, np.ndarray]:
     """Return ResNet-20, test images and their labels."""
-    import torch
-
-    module = workload("cifar")
-    images, labels, held = [], [], 0
-    for batch in module.data()["test"]:
-        images.append(batch["x"])
-        labels.append(batch["labels"])
-        held += len(batch["x"])
-        if held >= count:
-            break
-    return module.resnet20().eval(), torch.cat(images)[:count], torch.cat(labels)[:count].numpy()
+    images, labels = test_images(count)
+    return workload("cifar").resnet20().eval(), images, labels.numpy()
 
 
 if __name__ == "__main__":

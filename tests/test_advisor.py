@@ -72,6 +72,8 @@ def test_the_usual_goal_depends_on_the_labels() -> None:
 
 
 def test_smaller_files_without_training() -> None:
+    found = advise(module(), networks.data(), target=EAGER, goal=SIZE, minutes=0)
+    assert any("--minutes leaves no time" in each.reason for each in found.refusals)
     data = replace(networks.data(), train=None)
     found = advise(module(), data, target=EAGER, goal=SIZE)
     last = found.suggestions[-1]
@@ -122,18 +124,15 @@ def script(tmp_path: Path) -> str:
     return str(file)
 
 
+def job(script: str) -> list[str]:
+    words = [f"{script}:net", "--data", f"{script}:data", "--threads", "1"]
+    return [*words, "--target", "torch_eager"]
+
+
 def test_the_verb_and_the_recipe_auto(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        f"{script}:net",
-        "--data",
-        f"{script}:data",
-        "--threads",
-        "1",
-        "--target",
-        "torch_eager",
-    ]
+    words = job(script)
     words += ["--best", "size", "--limit", "accuracy=-5pt"]
     file = tmp_path / "found.yaml"
     code, raw, _ = talk(capsys, "advise", *words, "--out", str(file), "--json")
@@ -154,24 +153,28 @@ def test_the_verb_and_the_recipe_auto(
     report = json.loads((out_dir / "report.json").read_text())
     (stage,) = [s for s in report["stages"] if s["name"] == "weight_only"]
     assert stage["predicted"] == pytest.approx(advice["suggestions"][-1]["gain"], rel=0.05)
+    code, out, err = talk(capsys, "compress", *words, "--recipe", "auto", "--out", str(out_dir), "--resume")  # fmt: skip
+    assert code == 0  # done already: nothing is tried again
+    assert "trying" not in err
+    other = [*words[:-1], "accuracy=-4pt"]
+    code, err = failing(capsys, "compress", *other, "--recipe", "auto", "--out", str(out_dir), "--resume")  # fmt: skip
+    assert code == 2
+    assert "cannot resume: target, --best or --limit differ" in err
 
 
 def test_a_resumed_run_follows_the_same_advice(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        f"{script}:net",
-        "--data",
-        f"{script}:data",
-        "--threads",
-        "1",
-        "--target",
-        "torch_eager",
-    ]
-    recipe = {"steps": ["fuse_batch_norm"], "target": "torch_eager", "goal": {"best": "size"}}
+    words = job(script)
+    target = {"runtime": "torch_eager", "device": "cpu", "options": {"threads": 1}}
+    recipe = {"steps": ["fuse_batch_norm"], "target": target, "goal": {"best": "size"}}
     kept = {"recipe": recipe, "predicted": [[1.0, 1.5]]}
     (tmp_path / "out.advice.json").write_text(json.dumps(kept))
     out = tmp_path / "out"
+    (tmp_path / "bad.advice.json").write_text("{")
+    code, err = failing(capsys, "compress", *words, "--recipe", "auto", "--out", str(tmp_path / "bad"), "--resume")  # fmt: skip
+    assert code == 2
+    assert "bad.advice.json is damaged; run again without --resume" in err
     code, _, err = talk(capsys, "compress", *words, "--recipe", "auto", "--out", str(out), "--resume")  # fmt: skip
     assert code == 0
     assert "trying" not in err

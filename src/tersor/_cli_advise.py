@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tersor._cli_talk import Progress, interruptible, paragraph, show, show_json, table, tell
+from tersor._cli_talk import (
+    Progress,
+    check_out,
+    interruptible,
+    paragraph,
+    show,
+    show_json,
+    table,
+    tell,
+)
 
 if TYPE_CHECKING:
     from tersor.advisor import Advice
@@ -37,17 +46,14 @@ def advise(
     from dataclasses import replace
 
     from tersor import advisor, pipeline
-    from tersor.core.errors import DataError, RecipeError
+    from tersor.core.errors import DataError
     from tersor.core.runtime import Target
 
     if data is None:
         raise DataError(
             "advise tries steps on data; give --data DATA, or a --machine to predict for"
         )
-    if out is not None and out.suffix not in (".yaml", ".yml"):
-        raise RecipeError(f"--out {str(out)!r} must end in .yaml")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise RecipeError(f"--out {str(out)!r}: the folder does not exist")
+    check_out(out, ".yaml")
     chosen = target or Target(runtime="onnxruntime")
     if threads is not None:
         chosen = replace(chosen, options={**chosen.options, "threads": threads})
@@ -106,22 +112,29 @@ def recipe_of(
     batch: int,
     seed: int,
     fit: "Fit | None",
+    teacher: "Model | None",
     resume: bool,
 ) -> tuple["Recipe", Sequence[tuple[float, float]]]:
     """Return the recipe that advise finds, with what it predicts; of a resumed run, the same again.
 
     Raises:
-        UnfitError: nothing pays. KeyboardInterrupt: stopped, between two trials.
+        UnfitError: nothing pays. RecipeError: it was resumed with another goal or target.
+        KeyboardInterrupt: stopped, between two trials.
     """
     from tersor import advisor
     from tersor.core import files
-    from tersor.core.errors import UnfitError
+    from tersor.core.errors import RecipeError, UnfitError
     from tersor.core.recipe import Recipe
 
     kept = kept_of(out)
-    if resume and kept.is_file():
-        raw = json.loads(kept.read_text(encoding="utf-8"))
-        return Recipe.parse(raw["recipe"], where=kept.name), [tuple(x) for x in raw["predicted"]]
+    if resume and (earlier := _earlier(kept, out)) is not None:
+        recipe, predicted = earlier
+        if target != recipe.target or goal not in (None, recipe.goal):
+            raise RecipeError(
+                f"cannot resume: target, --best or --limit differ from those that the advice for "
+                f"{out} was given for. Give the same again, or run without --resume"
+            )
+        return recipe, predicted
     tell("trying what may help; every step is measured")
     with interruptible() as should_stop:
         found = advisor.advise(
@@ -131,6 +144,7 @@ def recipe_of(
             goal=goal,
             batch=batch,
             fit=fit,
+            teacher=teacher,
             seed=seed,
             display=Progress(),
             should_stop=should_stop,
@@ -144,6 +158,30 @@ def recipe_of(
     content = {"recipe": found.recipe, "predicted": found.predicted}
     files.replace_file(kept, json.dumps(content, indent=1).encode())
     return Recipe.parse(found.recipe), found.predicted
+
+
+def _earlier(kept: Path, out: Path) -> tuple["Recipe", Sequence[tuple[float, float]]] | None:
+    """Return the advice that a run is following, or has followed to its end.
+
+    Raises:
+        RecipeError: the file that it is kept in is damaged.
+    """
+    from tersor.core.artifact import Artifact
+    from tersor.core.errors import RecipeError
+    from tersor.core.recipe import Recipe
+
+    if kept.is_file():
+        try:
+            raw = json.loads(kept.read_text(encoding="utf-8"))
+            plain, predicted = raw["recipe"], [(float(a), float(b)) for a, b in raw["predicted"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"{kept} is damaged; run again without --resume") from error
+        return Recipe.parse(plain, where=kept.name), predicted
+    if not (out / "manifest.json").is_file():
+        return None
+    done = Artifact.open(out)
+    gains = [each.predicted for each in done.report.stages]
+    return Recipe.parse(done.recipe, where=f"{out}/manifest.json"), [g for g in gains if g]
 
 
 def kept_of(out: Path) -> Path:

@@ -102,6 +102,7 @@ def compress(
                 batch=samples,
                 seed=number,
                 fit=trainer,
+                teacher=guide,
                 resume=resume,
             )
         except KeyboardInterrupt:

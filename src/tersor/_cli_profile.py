@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tersor._cli_place import placed
-from tersor._cli_talk import Progress, paragraph, show, show_json, table, tell
+from tersor._cli_talk import Progress, check_out, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
     from tersor.profiler import Sparsity
@@ -34,10 +34,7 @@ def profile(
         raise RecipeError("a network and --sparsity are two profiles; give one of them")
     if subject is not None and shapes:
         raise RecipeError("--shapes is for --sparsity")
-    if out is not None and out.suffix != ".html":
-        raise RecipeError(f"--out {str(out)!r} must end in .html")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise RecipeError(f"--out {str(out)!r}: the folder does not exist")
+    check_out(out, ".html")
     if subject is not None:
         return _network(
             subject,

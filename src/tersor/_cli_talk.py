@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -55,6 +56,22 @@ def show_json(content: Mapping[str, Any]) -> None:
 
     plain = {"schema": 1, **to_plain(content)}
     print(json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def check_out(out: Path | None, suffix: str) -> None:
+    """Refuse a file that cannot be written, before there is work.
+
+    Raises:
+        RecipeError: its name ends otherwise, or its folder is not there.
+    """
+    from tersor.core.errors import RecipeError
+
+    if out is None:
+        return
+    if out.suffix != suffix:
+        raise RecipeError(f"--out {str(out)!r} must end in {suffix}")
+    if not out.absolute().parent.is_dir():
+        raise RecipeError(f"--out {str(out)!r}: the folder does not exist")
 
 
 def colored(word: str, kind: str = "", file: Any = None) -> str:

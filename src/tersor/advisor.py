@@ -124,6 +124,7 @@ def advise(
     batch: int = 1,
     minutes: float = MINUTES,
     fit: Fit | None = None,
+    teacher: Model | None = None,
     seed: int = 0,
     display: Track = silent,
     should_stop: Callable[[], bool] = lambda: False,
@@ -137,8 +138,9 @@ def advise(
         goal: `best` is latency, throughput or size. By default latency, with at most one point of
             accuracy lost where there are labels, else with fidelity of 99.
         batch: Samples in a timed batch.
-        minutes: Of training that a stage of the recipe may ask for.
+        minutes: Of training that a stage of the recipe may ask for; 0: no step that trains.
         fit: The trainer; tersor's own by default.
+        teacher: What smaller networks learn from; `model` itself by default.
         seed: Decides every random number.
         display: Progress.
         should_stop: Asked before every trial; True raises KeyboardInterrupt.
@@ -168,7 +170,7 @@ def advise(
         check(model, recipe, data, names, Path(folder) / "out")
         model.net.eval()
         try_forward(model.net, inputs)
-        brief = Brief(fit or _own_fit(model, data), TRIED_S)
+        brief = Brief(fit or _own_fit(model, data), min(TRIED_S, 60 * minutes))
         run = Run(
             recipe=recipe,
             inputs=inputs,
@@ -179,6 +181,7 @@ def advise(
             seed=seed,
             fit=brief,
             work=Path(folder),
+            teacher=None if teacher is None else teacher.net,
             display=silent,
         )
         work = _Work(run=run, brief=brief, minutes=minutes, should_stop=should_stop)
@@ -368,11 +371,13 @@ class _Work:
 
     def shrink(self) -> None:
         """Take the smallest network that seconds of training bring near enough to the limits."""
-        if self.run.data.train is None:
+        if self.run.data.train is None or not self.minutes:
+            bare = self.run.data.train is None
+            why = "the data have no train batches" if bare else "--minutes leaves no time for it"
             self.refusals.append(
                 Refusal(
                     stage=shrinkers(self.facts)[0][0].stage,
-                    reason="a smaller network needs training, and the data have no train batches",
+                    reason=f"a smaller network needs training, and {why}",
                 )
             )
             return
@@ -417,7 +422,7 @@ class _Work:
     def _epochs(self) -> float:
         """Return as many passes as there is time for."""
         most = self.minutes * 60 / max(self.brief.epoch_s, 1e-3)
-        return float(f"{min(MOST_EPOCHS, max(most, self.brief.epochs)):.2g}")
+        return float(f"{min(MOST_EPOCHS, most):.2g}")
 
     def _near(self, trial: Trial) -> tuple[bool, str]:
         """Tell whether more training may bring a network inside the limits, and what it lacks."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tersor.core import plugins
 from tersor.core.errors import RecipeError, suggest
-from tersor.core.recipe import located, read_yaml
+from tersor.core.recipe import located, names_in, packaged, read_yaml
 from tersor.core.schema import Mistakes, from_plain
 
 Kind = Literal["cpu", "gpu", "npu", "tpu", "fpga", "microcontroller"]
@@ -117,20 +117,9 @@ def file_of(place: str | Path) -> Path:
     Raises:
         RecipeError: there is neither.
     """
-    file = Path(place)
-    if file.suffix in (".yaml", ".yml") or file.is_file():
-        if not file.is_file():
-            raise RecipeError(f"machine file {str(place)!r} does not exist")
-        return file
-    known = machines()
-    if str(place) not in known:
-        raise RecipeError(
-            f"unknown machine {str(place)!r}.{suggest(str(place), known)} "
-            "Give a .yaml file or a name that `tersor list machines` shows"
-        )
-    return FOLDER / f"{place}.yaml"
+    return packaged(place, FOLDER, "machine")
 
 
 def machines() -> list[str]:
     """List the names of the package's machines."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    return names_in(FOLDER)

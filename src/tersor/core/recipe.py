@@ -94,23 +94,42 @@ def find(path: str | Path) -> Path:
     Raises:
         RecipeError: there is neither.
     """
-    file = Path(path)
-    if file.suffix in (".yaml", ".yml") or file.is_file():
-        if not file.is_file():
-            raise RecipeError(f"recipe file {str(path)!r} does not exist")
-        return file
-    known = recipes()
-    if str(path) not in known:
-        raise RecipeError(
-            f"unknown recipe {str(path)!r}.{suggest(str(path), known)} "
-            "Give a .yaml file or a name that `tersor list recipes` shows"
-        )
-    return FOLDER / f"{path}.yaml"
+    return packaged(path, FOLDER, "recipe")
 
 
 def recipes() -> list[str]:
     """List the names of the package's recipes."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    return names_in(FOLDER)
+
+
+def packaged(place: str | Path, folder: Path, word: str) -> Path:
+    """Return a YAML file given by path, or by its name in a folder of the package.
+
+    Args:
+        place: The path or the name.
+        folder: Of the package.
+        word: What the files are: "recipe".
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    file = Path(place)
+    if file.suffix in (".yaml", ".yml") or file.is_file():
+        if not file.is_file():
+            raise RecipeError(f"{word} file {str(place)!r} does not exist")
+        return file
+    known = names_in(folder)
+    if str(place) not in known:
+        raise RecipeError(
+            f"unknown {word} {str(place)!r}.{suggest(str(place), known)} "
+            f"Give a .yaml file or a name that `tersor list {word}s` shows"
+        )
+    return folder / f"{place}.yaml"
+
+
+def names_in(folder: Path) -> list[str]:
+    """List the YAML files of a folder of the package by name."""
+    return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
 def step_name(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""XLA through StableHLO and JAX: on the CPU, and on a TPU where JAX finds one.
+"""XLA through StableHLO and JAX: on the CPU, and on a GPU or TPU where JAX finds one.
 
 The exported program is translated to StableHLO by litert-torch and written in the format of
 `jax.export`, the weights beside it. Running it needs JAX, not PyTorch, and JAX programs can call
