@@ -125,14 +125,16 @@ def recipe_of(
     from tersor.core import files
     from tersor.core.errors import RecipeError, UnfitError
     from tersor.core.recipe import Recipe
+    from tersor.core.schema import to_plain
 
     kept = kept_of(out)
     if resume and (earlier := _earlier(kept, out)) is not None:
         recipe, predicted = earlier
-        if target != recipe.target or goal not in (None, recipe.goal):
+        if target != recipe.target or (goal or advisor.usual_goal(data)) != recipe.goal:
+            asked = f"target {recipe.target}, goal {to_plain(recipe.goal)}"
             raise RecipeError(
-                f"cannot resume: target, --best or --limit differ from those that the advice for "
-                f"{out} was given for. Give the same again, or run without --resume"
+                f"cannot resume: the advice for {out} was given for another goal or target "
+                f"({asked}). Give the same again, or run without --resume"
             )
         return recipe, predicted
     tell("trying what may help; every step is measured")

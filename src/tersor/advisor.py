@@ -59,6 +59,8 @@ SPREAD = 1.3
 """A gain that was seen is predicted within this factor of it, both ways."""
 WEAKER = 1.6
 """The same downwards for steps that `compress` makes weaker where they break a limit."""
+EXACT = 1.1
+"""The same for sizes, which depend on the steps before alone."""
 AGAIN = 0.8
 """Share of the best gain from which on a number format is tried after the next fusions, too."""
 MOST_RANGE = 1.95
@@ -496,4 +498,8 @@ def _suggestion(
 ) -> Suggestion:
     """Predict a stage's gain from its trial's."""
     low, high = gain / below, gain * min(SPREAD, MOST_RANGE / below)
+    if below == WEAKER:
+        low = max(low, 1.0)  # of a milder cut that is kept
+    if trial.speed is None and below == SPREAD:
+        low, high = gain / EXACT, gain * EXACT
     return Suggestion(stage=stage, why=idea.why, gain=(low, high), seen=trial.decision.reason)
