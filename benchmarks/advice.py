@@ -1,6 +1,6 @@
 """What `advise` finds for six workloads, beside the recipes that a hand made for them.
 
-    python benchmarks/advice.py [--workloads resnet56,gpt,...]
+    python benchmarks/advice.py [--workloads resnet56,gpt,...] [--minutes 3]
 
 Each workload goes through `tersor compress --recipe auto`, in a process of its own, on one thread,
 with the goal of the recipe in benchmarks/recipes. A row holds what benchmarks/handmade.py stores,
@@ -21,16 +21,18 @@ from handmade import RECIPES, WORKLOADS, run, told
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--minutes", type=float, default=3, help="that a stage may train")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "advice.json")
     asked = parser.parse_args()
     rows = {row["workload"]: row for row in stored(asked.out)}
     for name in asked.workloads.split(","):
         goal = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["goal"]
-        words = ["--best", goal["best"]]
+        words = ["--minutes", f"{asked.minutes:g}", "--best", goal["best"]]
         for metric, limit in goal["limits"].items():
             words += ["--limit", f"{metric}={limit}"]
         rows[name] = run(name, "auto", threads=asked.threads, words=words)
+        rows[name]["minutes"] = asked.minutes
         print(told(rows[name]), flush=True)
         for stage in predicted(rows[name]):
             print("  ", stage, flush=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor import advisor
-from tersor.advisor import Brief, advise, together, usual_goal
+from tersor._trying import Brief
+from tersor.advisor import advise, together, usual_goal
 from tersor.core.context import Data
 from tersor.core.errors import DataError, ModelError, RecipeError
 from tersor.core.goal import Goal
@@ -183,6 +184,12 @@ def test_a_resumed_run_follows_the_same_advice(
     assert "trying" not in err
     (stage,) = json.loads((out / "report.json").read_text())["stages"]
     assert (stage["name"], stage["predicted"]) == ("fuse_batch_norm", [1.0, 1.5])
+
+
+def test_only_auto_takes_minutes(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = failing(capsys, "compress", *job(script), "--recipe", "demo", "--minutes", "5")
+    assert code == 2
+    assert "--minutes is what --recipe auto may train; a recipe says it by its epochs" in err
 
 
 def test_it_stops_between_trials() -> None:

@@ -41,6 +41,7 @@ def compress(
     best: str | None,
     limits: Sequence[str],
     metrics: Sequence[str],
+    minutes: float | None,
     out: Path,
     batch: int | None,
     threads: int | None,
@@ -61,13 +62,18 @@ def compress(
     Returns:
         The exit code: 1 where a limit is not reached, 130 where it was interrupted.
     """
+    from tersor.core.errors import DataError, RecipeError
+
     earlier = _earlier(again) if again is not None else {}
     chosen = _recipe(recipe, earlier, again, target)
+    if minutes is not None and recipe != AUTO:
+        raise RecipeError(
+            "--minutes is what --recipe auto may train; a recipe says it by its epochs"
+        )
     goal = goal_of(chosen.goal, best, limits)
     _check_names(goal, metrics)
     # from here on torch is needed: everything above answers at once
     from tersor import pipeline
-    from tersor.core.errors import DataError
     from tersor.core.imports import import_object
 
     loaded = pipeline.load(model, weights=weights, partial=partial)
@@ -100,6 +106,7 @@ def compress(
                 goal=goal,
                 target=on,
                 batch=samples,
+                minutes=minutes,
                 seed=number,
                 fit=trainer,
                 teacher=guide,
@@ -167,6 +174,7 @@ def demo(
         best=None,
         limits=(),
         metrics=("accuracy",),
+        minutes=None,
         out=out,
         batch=None,
         threads=threads,

@@ -103,6 +103,10 @@ def compress(
         list[str] | None,
         option("--metric", "NAME", "measure this, too (repeatable)", complete="metrics"),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        option("--minutes", "N", "that a stage of --recipe auto may train; 3", min=0),
+    ] = None,
     out: Annotated[Path, option("--out", "DIR", "the artifact's folder", show_default=True)] = Path(
         "out"
     ),
@@ -150,6 +154,7 @@ def compress(
         best=best,
         limits=limit or [],
         metrics=metric or [],
+        minutes=minutes,
         out=out,
         batch=batch,
         threads=threads,
