@@ -1,4 +1,4 @@
-"""What one-shot pruning costs: gpt at 50 % zeros and at 2:4, in perplexity, without training.
+"""What one-shot pruning costs: gpt at 50 to 70 % zeros and at 2:4, in perplexity, without training.
 
     python benchmarks/oneshot.py [--subsets 3] [--samples 128]
 
@@ -30,16 +30,20 @@ from tersor.core.recipe import Recipe
 
 LAYERS = ["!lm_head"]
 """As in the papers, which leave embedding and head as they are."""
+SHARES = (0.5, 0.6, 0.7)
 
 
 def steps(samples: int) -> dict[str, dict[str, Any]]:
     """Return what is compared, by amount of zeros and name of the method."""
     calibrated = {"samples": samples, "layers": LAYERS}
     return {
-        "50 %": {
-            "magnitude": {"magnitude": {"sparsity": 0.5, "layers": LAYERS}},
-            "wanda": {"wanda": {"sparsity": 0.5, **calibrated}},
-            "sparsegpt": {"sparsegpt": {"sparsity": 0.5, **calibrated}},
+        **{
+            f"{share:.0%}".replace("%", " %"): {
+                "magnitude": {"magnitude": {"sparsity": share, "layers": LAYERS}},
+                "wanda": {"wanda": {"sparsity": share, **calibrated}},
+                "sparsegpt": {"sparsegpt": {"sparsity": share, **calibrated}},
+            }
+            for share in SHARES
         },
         "2:4": {
             "magnitude": {"semi_structured": {"permute": False, "layers": LAYERS}},
