@@ -2,10 +2,11 @@
 
     python benchmarks/oneshot.py [--subsets 3] [--samples 128]
 
-Prunes every linear layer but the last by magnitude, by Wanda and by SparseGPT, and scores each in
-memory on the whole test split. The methods that look at calibration data are run on several subsets
-of the training text: the first is the calibration split, the others are windows drawn from
-everything that was trained on. Needs the shared workloads. Writes benchmarks/results/oneshot.json.
+Prunes every linear layer but the last by magnitude, by Wanda (with its score and with RIA's) and by
+SparseGPT, and scores each in memory on the whole test split. The methods that look at calibration
+data are run on several subsets of the training text: the first is the calibration split, the others
+are windows drawn from everything that was trained on. Needs the shared workloads. Writes
+benchmarks/results/oneshot.json.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def steps(samples: int) -> dict[str, dict[str, Any]]:
             f"{share:.0%}".replace("%", " %"): {
                 "magnitude": {"magnitude": {"sparsity": share, "layers": LAYERS}},
                 "wanda": {"wanda": {"sparsity": share, **calibrated}},
+                "wanda, score ria": {"wanda": {"sparsity": share, "score": "ria", **calibrated}},
                 "sparsegpt": {"sparsegpt": {"sparsity": share, **calibrated}},
             }
             for share in SHARES
@@ -49,6 +51,7 @@ def steps(samples: int) -> dict[str, dict[str, Any]]:
             "magnitude": {"semi_structured": {"permute": False, "layers": LAYERS}},
             "magnitude, channels permuted": {"semi_structured": {"layers": LAYERS}},
             "wanda": {"wanda": {"pattern": "2:4", **calibrated}},
+            "wanda, score ria": {"wanda": {"pattern": "2:4", "score": "ria", **calibrated}},
             "sparsegpt": {"sparsegpt": {"pattern": "2:4", **calibrated}},
         },
     }
@@ -86,7 +89,7 @@ def measured(subsets: int, samples: int) -> Iterator[dict[str, Any]]:
     yield {"zeros": "none", "way": "dense", "subset": 0, **scored(net, data["test"])}
     for zeros, methods in steps(samples).items():
         for way, step in methods.items():
-            count = subsets if way in ("wanda", "sparsegpt") else 1
+            count = subsets if way.startswith(("wanda", "sparsegpt")) else 1
             for subset in range(count):
                 yield {
                     "zeros": zeros,

@@ -20,12 +20,21 @@ from tersor.quantization.weight_only import WeightOnly, weight_only
 from tests import networks
 
 
-def reference(weight: np.ndarray, x: np.ndarray, sparsity: float, n: int = 0, m: int = 0) -> Any:
+def reference(
+    weight: np.ndarray, x: np.ndarray, sparsity: float, n: int = 0, m: int = 0, ria: bool = False
+) -> Any:
     """Algorithm 1 of the paper in float64: (outputs, inputs) and (tokens, inputs) -> weights."""
     made = weight.astype(np.float64).copy()
     norms = [np.sqrt(sum(float(v) ** 2 for v in x[:, j])) for j in range(x.shape[1])]
+    columns = [sum(abs(float(v)) for v in weight[:, j]) for j in range(x.shape[1])]
     for row in made:
         scores = [abs(row[j]) * norms[j] for j in range(len(row))]
+        if ria:
+            own = sum(abs(v) for v in row)
+            scores = [
+                (abs(row[j]) / own + abs(row[j]) / columns[j]) * norms[j] ** 0.5
+                for j in range(len(row))
+            ]
         spans = [range(i, i + m) for i in range(0, len(row), m)] if m else [range(len(row))]
         for span in spans:
             drop = m - n if m else int(sparsity * len(row))
@@ -55,18 +64,38 @@ def two(tiny_context: Any, count: int = 48) -> tuple[nn.Module, torch.Tensor, An
     return net, x, context
 
 
-@pytest.mark.parametrize("config", [Wanda(sparsity=0.4), Wanda(), Wanda(pattern="2:4")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Wanda(sparsity=0.4),
+        Wanda(),
+        Wanda(pattern="2:4"),
+        Wanda(sparsity=0.4, score="ria"),
+        Wanda(pattern="2:4", score="ria"),
+    ],
+)
 def test_weights_are_those_of_the_reference(tiny_context: Any, config: Wanda) -> None:
     net, x, context = two(tiny_context)
     before = copy.deepcopy(net)
     made: Any = wanda(net, config, context)
-    amount = (0.0, 2, 4) if config.pattern else (config.sparsity or 0.5,)
-    first = reference(before.first.weight.detach().numpy(), x.numpy(), *amount)
+    amount: Any = (0.0, 2, 4) if config.pattern else (config.sparsity or 0.5,)
+    ria = config.score == "ria"
+    first = reference(before.first.weight.detach().numpy(), x.numpy(), *amount, ria=ria)
     assert np.array_equal(made.first.weight.detach().numpy(), first.astype(np.float32))
     hidden = np.tanh(x.double().numpy() @ first.T + before.first.bias.detach().double().numpy())
-    second = reference(before.second.weight.detach().numpy(), hidden, *amount)
+    second = reference(before.second.weight.detach().numpy(), hidden, *amount, ria=ria)
     assert np.array_equal(made.second.weight.detach().numpy(), second.astype(np.float32))
     assert context.facts["samples"] == 48
+
+
+def test_rows_and_columns_of_zeros_are_no_trouble(tiny_context: Any) -> None:
+    net, _, context = two(tiny_context)
+    with torch.no_grad():
+        net.first.weight[3] = 0
+        net.first.weight[:, 5] = 0
+    made: Any = wanda(net, Wanda(score="ria"), context)
+    assert torch.isfinite(made.first.weight).all()
+    assert ((made.first.weight == 0).sum(dim=1) >= 8).all()
 
 
 def test_convolutions_are_matrices_over_their_windows(tiny_context: Any) -> None:

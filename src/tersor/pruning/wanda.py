@@ -1,7 +1,7 @@
 """Wanda: prune weights by |weight| x norm of their input, without training."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ class Wanda:
     """Share of the weights of each output to set to zero, in [0, 1)."""
     pattern: str | None = None
     """"N:M", such as "2:4": N of every M neighboring input channels stay."""
+    score: Literal["wanda", "ria"] = "wanda"
+    """wanda: size of the weight times norm of its input. ria: its share of its row's and column's
+    sizes, times the root of that norm; what a channel is large by in all weights counts less."""
     samples: int = 512
     """Calibration samples; fewer where activations are very large."""
     layers: Layers = Layers()
@@ -64,7 +67,8 @@ def wanda(net: nn.Module, config: Wanda, context: Context) -> nn.Module:
     """Set the weights of each output to zero that matter least for what comes in.
 
     A weight's score is its size times the norm of the input that it is multiplied with, over all
-    tokens or places of the calibration data. Weights are compared within an output, or within M
+    tokens or places of the calibration data; or with `score: ria` its relative importance and the
+    root of that norm. Weights are compared within an output, or within M
     neighboring inputs; those that stay are not changed. A layer's inputs are those of the network
     whose earlier layers are pruned already. Zeros are kept zero by the training of the same stage.
 
@@ -74,7 +78,9 @@ def wanda(net: nn.Module, config: Wanda, context: Context) -> nn.Module:
         UnfitError: M does not divide a layer's inputs, or nothing can be pruned.
 
     Source:
-        Sun et al., arXiv:2306.11695, equation 1 and algorithm 1. The paper prunes block by block,
+        Sun et al., arXiv:2306.11695, equation 1 and algorithm 1. ria: Zhang et al., "Plug-and-Play:
+        an efficient post-training pruning method for large language models", ICLR 2024, equation 4
+        with a = 0.5; without its permutation of channels. The paper of Wanda prunes block by block,
         here it is layer by layer; convolutions are taken as matrices over their unfolded inputs.
     """
     graph = open_layers(net.eval(), context.inputs)
@@ -90,7 +96,7 @@ def wanda(net: nn.Module, config: Wanda, context: Context) -> nn.Module:
     def prune(stop: Stop) -> tuple[Tensor, Tensor]:
         weight_GRC = matrices(stop.layer)
         squares_GC = stop.gathered(torch.zeros(weight_GRC[:, 0].shape), accumulate_squares)
-        score_GRC = weight_GRC.float().abs() * squares_GC.sqrt().unsqueeze(1)
+        score_GRC = _score(config.score, weight_GRC.float().abs(), squares_GC.sqrt().unsqueeze(1))
         return weight_GRC, keep_highest(score_GRC, sparsity, pattern)
 
     stops = context.track(layer_by_layer(graph, names, batches), "pruning layers", len(names))
@@ -101,3 +107,12 @@ def wanda(net: nn.Module, config: Wanda, context: Context) -> nn.Module:
         left=left,
     )
     return net
+
+
+def _score(name: Literal["wanda", "ria"], size_GRC: Tensor, norm_G1C: Tensor) -> Tensor:
+    if name == "wanda":
+        return size_GRC * norm_G1C
+    least = torch.finfo(size_GRC.dtype).tiny  # rows and columns may be zero already
+    of_row = size_GRC / size_GRC.sum(dim=2, keepdim=True).clamp(min=least)
+    of_column = size_GRC / size_GRC.sum(dim=1, keepdim=True).clamp(min=least)
+    return (of_row + of_column) * norm_G1C.sqrt()
