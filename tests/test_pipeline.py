@@ -1,9 +1,11 @@
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from tersor import workspace
@@ -147,14 +149,29 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
 def test_stopped_after_a_stage_and_resumed(tmp_path):
     steps = ("fuse_batch_norm", {"finetune": {"epochs": 0.5}})
     whole = run(tmp_path / "whole", *steps)
+    state = tmp_path / "out.work" / "00" / "state.json"
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, *steps, should_stop=lambda: True)
-    assert (tmp_path / "out.work" / "00" / "state.json").exists()
+        run(tmp_path, *steps, should_stop=state.exists)
+    assert state.exists()
     assert not (tmp_path / "out").exists()
     resumed = run(tmp_path, *steps, resume=True)
     for a, b in zip(whole.model_files, resumed.model_files, strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert [s.name for s in resumed.report.stages] == ["fuse_batch_norm", "finetune"]
+
+
+def test_stopped_while_training_and_resumed_from_that_step(tmp_path):
+    steps = ({"finetune": {"epochs": 1.0}},)
+    whole = run(tmp_path / "whole", *steps)
+    asked = itertools.count()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *steps, should_stop=lambda: next(asked) == 4)
+    (checkpoint,) = (tmp_path / "out.work" / "00.partial").rglob("finetune.safetensors")
+    with safe_open(checkpoint, framework="pt") as file:
+        assert file.metadata()["step"] == "3"  # asked before: the run, the stage, two steps
+    resumed = run(tmp_path, *steps, resume=True)
+    for a, b in zip(whole.model_files, resumed.model_files, strict=True):
+        assert a.read_bytes() == b.read_bytes()
 
 
 def test_resuming_a_run_that_ended_returns_its_artifact(tmp_path):
@@ -178,9 +195,9 @@ def test_resuming_something_else_names_the_field(tmp_path):
 
 
 def test_an_altered_stage_is_found(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "fuse_batch_norm", should_stop=lambda: True)
     file = tmp_path / "out.work" / "00" / "weights.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "fuse_batch_norm", should_stop=file.exists)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
