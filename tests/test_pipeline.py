@@ -10,7 +10,7 @@ from torch import nn
 
 from tersor import workspace
 from tersor.core.artifact import Artifact
-from tersor.core.context import Data
+from tersor.core.context import SPLITS, Data
 from tersor.core.errors import (
     ArtifactError,
     DataError,
@@ -58,14 +58,39 @@ def test_without_a_goal_every_stage_is_applied(tmp_path):
     )
 
 
-def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path):
-    goal = {"best": "size", "limits": {"perplexity": "+50%", "f1": "-20pt"}}
+class Positions(nn.Module):
+    """The digits' classes as those of one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = networks.tiny_cnn()
+
+    def forward(self, x):
+        return self.net(x)[:, None]
+
+
+def positions():
+    whole = networks.data()
+    splits = {
+        name: [{**batch, "labels": batch["labels"][:, None]} for batch in getattr(whole, name)]
+        for name in SPLITS
+    }
+    return Data(**splits)
+
+
+@pytest.mark.parametrize("net", ["classes", "positions"])
+def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path, net):
+    one = net == "positions"
+    rises = {"perplexity": "+50%"} if one else {}
     made = run(
         tmp_path,
         {"static": {"weight_bits": 4}},
-        goal=goal,
-        metrics=("accuracy", "auc", "quality"),
-        data=dataclasses.replace(
+        goal={"best": "size", "limits": {"f1": "-20pt", **rises}},
+        metrics=() if one else ("accuracy", "auc", "quality"),
+        net=Positions().eval() if one else None,
+        data=positions()
+        if one
+        else dataclasses.replace(
             networks.data(), quality=lambda o, y: float((o.argmax(1) == y).double().mean())
         ),
     ).report
@@ -78,7 +103,10 @@ def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path):
         "perplexity": "paired bootstrap of 1000 draws",
         "quality": "paired bootstrap of 200 draws",
     }
+    assert tests.keys() & before.keys() == ({"f1", *rises} if one else {*tests} - {"perplexity"})
     for name, test in tests.items():
+        if name not in before:
+            continue
         found = ratios[name]
         assert found.how.startswith(f"paired on the same samples: {test}, p = ")
         difference, low, high = found.difference
@@ -93,8 +121,21 @@ def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path):
         wanted = before[limit.metric].value + ratios[limit.metric].difference[1]
         assert low == pytest.approx(max(0, wanted))
     bound = {limit.metric: limit.bound for limit in made.limits}
-    assert bound["perplexity"] == pytest.approx(1.5 * before["perplexity"].value)
+    if one:
+        assert bound["perplexity"] == pytest.approx(1.5 * before["perplexity"].value)
     assert Artifact.open(tmp_path / "out").report == made
+
+
+def test_a_metric_that_means_nothing_for_the_labels_is_refused(tmp_path):
+    goal = {"best": "size", "limits": {"perplexity": "+2%"}}
+    said = (
+        r"the metric 'perplexity', 'mse' means nothing for these data: the network answers "
+        r"\(2, 10\) for 2 samples, with labels \(2,\) of type int64, which are classes. Metrics "
+        r"that fit: accuracy, auc, f1, top_k"
+    )
+    with pytest.raises(DataError, match=said):
+        run(tmp_path, "fuse_batch_norm", goal=goal, metrics=("mse", "accuracy"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_goal_on_energy_that_cannot_be_counted_is_refused(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from tersor.ops import splits
 from tersor.plan import (
     Plan,
     check,
+    check_metrics,
     check_teacher,
     check_training,
     forecast,
@@ -116,6 +117,7 @@ def plan(
     inputs = make_inputs(model, data)
     if model.form == "module":
         try_forward(model.net, inputs)
+    check_metrics(model, data, names)
     if teacher is not None:
         check_teacher(_as_model(teacher), model, resolved, inputs)
     return forecast(model, resolved, data, inputs, names, Path(out))
@@ -187,6 +189,7 @@ def compress(
     if model.form == "module":
         model.net.eval()
         try_forward(model.net, inputs)
+    check_metrics(model, data, names)
     guide = None if teacher is None else _as_model(teacher)
     if guide is not None:
         check_teacher(guide, model, resolved, inputs)

@@ -18,6 +18,7 @@ from tersor.core.plugins import technique_of
 from tersor.core.recipe import Recipe, check_target, stage_name
 from tersor.core.runtime import Form
 from tersor.core.schema import changed
+from tersor.core.scoring import tasks_of
 from tersor.core.training import Training
 from tersor.ops.losses import first_output, task_loss
 
@@ -125,6 +126,37 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
         if all(isinstance(m, DependencyError) for m in mistakes):
             kind = DependencyError
         raise kind("\n".join(str(m) for m in mistakes))
+
+
+def check_metrics(model: Model, data: Data, names: Sequence[str]) -> None:
+    """Refuse metrics that mean nothing for the labels, after one forward pass.
+
+    Networks in other forms than a module are not run here, and their metrics not looked at.
+
+    Raises:
+        DataError: names them, and those that fit.
+    """
+    batch = next(iter(data.test or ()), None)
+    known = {name: plugins.metric(name).tasks for name in names}
+    if model.form != "module" or batch is None or "labels" not in batch or not any(known.values()):
+        return
+    count = len(batch["labels"])
+    two = {n: t[:2] if t.dim() and len(t) == count else t for n, t in batch.items()}
+    labels = two.pop("labels").cpu().numpy()
+    with torch.no_grad():
+        made = model.net(**two)
+    outputs = first_output(made).float().cpu().numpy()
+    tasks = tasks_of(outputs, labels, [tensor.cpu().numpy() for tensor in two.values()])
+    wrong = [name for name, of in known.items() if of and not tasks.intersection(of)]
+    if not tasks or not wrong:
+        return
+    fitting = [n for n in plugins.names("metrics") if tasks.intersection(plugins.metric(n).tasks)]
+    raise DataError(
+        f"the metric {', '.join(map(repr, wrong))} means nothing for these data: the network "
+        f"answers {outputs.shape} for {len(labels)} samples, with labels {labels.shape} of type "
+        f"{labels.dtype}, which are {' or '.join(sorted(tasks))}. Metrics that fit: "
+        f"{', '.join(fitting)}"
+    )
 
 
 def check_training(recipe: Recipe, data: Data, fit: Fit | None) -> None:
