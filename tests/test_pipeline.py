@@ -215,6 +215,23 @@ def test_stopped_while_training_and_resumed_from_that_step(tmp_path):
         assert a.read_bytes() == b.read_bytes()
 
 
+def test_a_run_that_fails_keeps_what_is_finished_and_says_so(tmp_path):
+    def fails(net, loss, **settings):
+        raise RuntimeError("no such thing")
+
+    steps = ("fuse_batch_norm", {"finetune": {"epochs": 0.1}})
+    with pytest.raises(StepError, match="no such thing") as caught:
+        run(tmp_path, *steps, fit=fails)
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"what is finished is kept in {tmp_path / 'out.work'}: once the cause")
+    assert (tmp_path / "out.work" / "00" / "state.json").exists()
+    run(tmp_path, *steps, resume=True)
+    with pytest.raises(StepError, match="no such thing") as caught:
+        run(tmp_path / "other", *steps[1:], fit=fails)
+    assert not hasattr(caught.value, "__notes__")
+    assert not list((tmp_path / "other").iterdir())
+
+
 def test_resuming_a_run_that_ended_returns_its_artifact(tmp_path):
     made = run(tmp_path, "fuse_batch_norm")
     inode = (tmp_path / "out").stat().st_ino

@@ -208,45 +208,44 @@ def compress(
             if work.exists():
                 workspace.remove(work)
             return whole
-        workspace.open_folder(work, mark, resume)
-        run = Run(
-            recipe=resolved,
-            inputs=inputs,
-            data=data,
-            original=model.net,
-            names=names,
-            batch=batch,
-            seed=seed,
-            fit=fit or _own_fit(resolved.training, training or 1, display, should_stop),
-            work=work,
-            teacher=None if guide is None else guide.net,
-            display=display,
-            predicted=predicted,
-            should_stop=should_stop,
-            warnings=[*model.notes, *warnings],
-        )
-        run.stop_if_asked()
-        with under_way(display, "the untouched network"):
-            before = run.start()
-        current = before
-        stages: list[StageReport] = []
-        for index, stage in enumerate(resolved.stages):
-            words = f"stage {index + 1} of {len(resolved.stages)}: {stage_name(stage)}"
-            with under_way(display, words):
-                current, done = run.stage(index, stage, current)
-            stages.append(done)
+        with workspace.opened(work, mark, resume):
+            run = Run(
+                recipe=resolved,
+                inputs=inputs,
+                data=data,
+                original=model.net,
+                names=names,
+                batch=batch,
+                seed=seed,
+                fit=fit or _own_fit(resolved.training, training or 1, display, should_stop),
+                work=work,
+                teacher=None if guide is None else guide.net,
+                display=display,
+                predicted=predicted,
+                should_stop=should_stop,
+                warnings=[*model.notes, *warnings],
+            )
             run.stop_if_asked()
-        with under_way(display, "measuring before and after, for the report"):
-            report = run.final(before, current, tuple(stages), strict)
-        report = replace(
-            report,
-            origin=model.origin,
-            command=command,
-            seconds=time.perf_counter() - started,
-        )
-        origin = None if guide is None else guide.origin
-        made = _write(out, run, before, current, report, mark, origin, model.processor)
-        workspace.remove(work)
+            with under_way(display, "the untouched network"):
+                before = run.start()
+            current = before
+            stages: list[StageReport] = []
+            for index, stage in enumerate(resolved.stages):
+                words = f"stage {index + 1} of {len(resolved.stages)}: {stage_name(stage)}"
+                with under_way(display, words):
+                    current, done = run.stage(index, stage, current)
+                stages.append(done)
+                run.stop_if_asked()
+            with under_way(display, "measuring before and after, for the report"):
+                report = run.final(before, current, tuple(stages), strict)
+            report = replace(
+                report,
+                origin=model.origin,
+                command=command,
+                seconds=time.perf_counter() - started,
+            )
+            origin = None if guide is None else guide.origin
+            made = _write(out, run, before, current, report, mark, origin, model.processor)
     return made
 
 

@@ -3,6 +3,7 @@
 import inspect
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 
 from tersor.core import plugins
 from tersor.core.context import Batch, Data, Fit
-from tersor.core.errors import DataError, DependencyError, ModelError, RecipeError, TersorError
+from tersor.core.errors import (
+    DataError,
+    DependencyError,
+    ModelError,
+    RecipeError,
+    TargetError,
+    TersorError,
+)
 from tersor.core.model import Inputs, Model, may_lower
 from tersor.core.plugins import technique_of
 from tersor.core.recipe import Recipe, check_target, stage_name
@@ -96,6 +104,7 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
     try:
         check_target(recipe.target)
         runtime = plugins.runtime(recipe.target.runtime)
+        _check_system(recipe.target.runtime, runtime.system)
         plugins.require("runtimes", recipe.target.runtime, (*runtime.to_export, *runtime.to_run))
         if not may_lower(model.form, runtime.takes):
             mistakes.append(
@@ -243,6 +252,22 @@ def forecast(
         disk_bytes=disk,
         notes=tuple(notes),
     )
+
+
+def _check_system(name: str, system: str) -> None:
+    """Refuse a runtime whose files cannot run here: every step is measured.
+
+    Raises:
+        TargetError: says where they do.
+    """
+    if system and system != sys.platform:
+        there, machine = {"darwin": ("macOS", "a Mac")}.get(system, (system, system))
+        raise TargetError(
+            f"{name} runs on {there} only, and compress keeps no step that it did not measure on "
+            f"its target: give the same command on {machine}. Or compress here for another target, "
+            f"and run the result there: tersor measure MODEL --weights OUT --data DATA --runtime "
+            f"{name}"
+        )
 
 
 def _check_steps(form: Form, recipe: Recipe, data: Data) -> list[TersorError]:
