@@ -200,7 +200,7 @@ def _recipe(
 ) -> "Recipe":
     """Read the recipe that the words name; a target in the words replaces the recipe's."""
     from tersor.core.errors import RecipeError
-    from tersor.core.recipe import Recipe, find, read_target, read_yaml, recipes
+    from tersor.core.recipe import Recipe, read_target, recipes
     from tersor.core.runtime import Target
 
     asked = read_target(target)
@@ -213,10 +213,7 @@ def _recipe(
     if name is None:
         made = Recipe.parse(earlier["recipe"], where=f"{again}/manifest.json")
     else:
-        raw, _ = read_yaml(find(name))
-        if asked is not None and isinstance(raw, Mapping) and "target" not in raw:
-            return Recipe.parse({**raw, "target": str(asked)}, where=find(name).name)
-        made = Recipe.load(name)
+        made = Recipe.load(name, asked)
     if asked is None:
         return made
     same = asked.runtime == made.target.runtime

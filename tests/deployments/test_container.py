@@ -48,11 +48,11 @@ def test_the_program_computes_what_the_artifact_does(
     done = run(sys.executable, out, "--input", str(tmp_path / "z.npz"))
     assert done.returncode == 2
     assert done.stderr == "error: the network takes x; the file holds z\n"
-    np.savez(tmp_path / "flat.npz", x=x[0])
+    np.savez(tmp_path / "text.npz", x=np.full(x.shape, "one"))
     for wrong, said in {
         ("--input", "none.npz"): "--input none.npz: No such file or directory",
         ("--input", str(out / "run.py")): f"--input {out / 'run.py'} is not a .npz file of plain",
-        ("--input", str(tmp_path / "flat.npz")): "the network cannot be run on x (1, 8, 8) float32",
+        ("--input", str(tmp_path / "text.npz")): "the network cannot be run on x (5, 1, 8, 8) <U3",
         (*words[:2], "--output", "no/y.npz"): "--output no/y.npz: the folder does not exist",
     }.items():
         done = run(sys.executable, out, *wrong)

@@ -82,8 +82,8 @@ def create(name: str, tell: Callable[[str], None]) -> Path:
             return place
         if place.exists() and not (place / "pyvenv.cfg").is_file() and any(place.iterdir()):
             raise DependencyError(
-                f"{place} is there and is no environment; move it away, or set {VARIABLE} to another "
-                "folder"
+                f"{place} is there and is no environment; move it away, or set {VARIABLE} to "
+                "another folder"
             )
         shutil.rmtree(place, ignore_errors=True)
         tell(f"making {place}")
