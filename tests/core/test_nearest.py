@@ -21,6 +21,7 @@ DEVICES = ("cpu", "gpu", "npu", "tpu")
         ("acc", METRICS, "accuracy"),
         ("Accuracy", METRICS, "accuracy"),
         ("topk", METRICS, "top_k"),
+        ("nett", ("Net", "net"), "net"),
         ("memory", METRICS, "peak_memory"),
         ("precision", METRICS, "mean_average_precision"),
         ("onnxrt", RUNTIMES, "onnxruntime"),

@@ -19,23 +19,23 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return min(near, key=lambda name: near[name]) if near else None
 
 
-def _distance(word: str, name: str) -> tuple[int, float] | None:
-    """Say how near a name is: by the kind of nearness, then inside it; None where it is far."""
+def _distance(word: str, name: str) -> tuple[int, int, float] | None:
+    """Say how near a name is: the kind of nearness, inside it, as written; None where it is far."""
     a, b = (re.sub(r"[-_ ]", "", text.lower()) for text in (word, name))
-    alike = difflib.SequenceMatcher(None, a, b).ratio()
+    alike = difflib.SequenceMatcher(None, word, name).ratio()
     long_enough = min(len(a), len(b)) >= 3
     if a == b:
-        return 0, 0.0
+        return 0, 0, -alike
     if long_enough and b.startswith(a):
-        return 1, len(b)
+        return 1, len(b), -alike
     typos = _typos(a, b)
     if typos <= max(1, min(len(a), len(b)) // 4):
-        return 2, typos - alike
+        return 2, typos, -alike
     if long_enough and a.startswith(b):
-        return 3, -len(b)
+        return 3, -len(b), -alike
     if long_enough and word.lower() in re.split(r"[-_.: ]", name.lower()):
-        return 4, -alike
-    return (5, -alike) if alike >= _ALIKE and a[:2] == b[:2] else None
+        return 4, 0, -alike
+    return (5, 0, -alike) if alike >= _ALIKE and a[:2] == b[:2] else None
 
 
 def _typos(a: str, b: str) -> int:
