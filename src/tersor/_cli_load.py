@@ -143,7 +143,7 @@ def _modes(
 
     rows: list[Scenario | dict[str, str]] = []
     with placed(subject, **names) as (place, make):
-        for mode in Progress()(modes, "modes", len(modes)):
+        for mode in Progress()(modes, "running the modes", len(modes)):
             instance = None
             try:
                 instance = Apart(place, threads=names["threads"] or 0)

@@ -308,8 +308,8 @@ def _target_mistakes(target: Target) -> Iterator[tuple[tuple[str, ...], str]]:
     for name in target.options:
         if name not in known.options:
             near = suggest(name, known.options) or f" It has: {', '.join(known.options)}"
-            place = ("options", name, KEY)
-            yield place, f"runtime {target.runtime!r} has no option {name!r}.{near}"
+            at = ("options", name, KEY)
+            yield at, f"runtime {target.runtime!r} has no option {name!r}.{near}"
     threads = target.options.get("threads", 0)
     if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
         place = ("options", "threads")
