@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -291,42 +290,6 @@ def test_doctor_says_what_to_install(
 
 
 # talking
-
-
-def test_ctrl_c_once_asks_and_twice_stops(capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with _cli_talk.interruptible() as should_stop:
-        assert not should_stop()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert should_stop()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert "stopping after this step; Ctrl-C again stops now" in capfd.readouterr().err
-
-
-def test_progress_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
-    track = _cli_talk.Progress()
-    assert list(track(range(3), "counting")) == [0, 1, 2]
-    assert capsys.readouterr() == ("", "")
-
-
-def test_progress_on_a_terminal_runs_no_thread_and_clears_up() -> None:
-    code = (
-        "import sys, threading\n"
-        "sys.stderr.isatty = lambda: True\n"
-        "from tersor._cli_talk import Progress\n"
-        "track = Progress()\n"
-        "for outer in track(range(2), 'stages'):\n"
-        "    for inner in track(iter(range(3)), 'batches', 3):\n"
-        "        assert threading.active_count() == 1, threading.enumerate()\n"
-        "assert track.live is None\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TERM": "xterm"}
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
 
 
 def test_colors_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_a_missed_limit_ends_with_1_and_the_artifact_is_there(
 
 
 @pytest.mark.slow
-def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(script: Path) -> None:
+def test_ctrl_c_stops_where_little_is_lost_and_says_how_to_go_on(script: Path) -> None:
     words = job(script)
     process = subprocess.Popen(
         [sys.executable, "-m", "tersor", *words], stderr=subprocess.PIPE, text=True
@@ -107,11 +107,12 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(script: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "stopping after this step; Ctrl-C again stops now" in err
+    assert "waiting for: " in err
+    assert "Ctrl-C again stops at once; --resume then goes on" in err
     assert "interrupted; go on with:\ntersor compress" in err
     assert err.rstrip().endswith("--resume")
-    assert (work / "00").is_dir()
-    assert not (work / "01").exists()
+    assert (work / "fingerprint.json").is_file()
+    assert not (script.parent / "out").exists()
     resumed = fresh(*words, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert (script.parent / "out" / "report.html").is_file()

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tersor._causes_size import size_causes
+from tersor._size_parts import CODED, GRAPH, VECTORS, gained, size_parts
 from tersor.core.errors import RecipeError, TargetError
 from tersor.core.recipe import Recipe
 from tersor.core.runtime import Target
@@ -154,3 +155,30 @@ def test_the_verb_tells_causes(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, out, _ = talk(capsys, *words)
     assert code == 0
     assert "onnxruntime:cpu, batch 1, threads 1" in out
+
+
+def test_every_byte_of_a_file_is_told_and_what_made_it_smaller():
+    large, small = np.ones((64, 32), np.float32), np.ones((32, 32), np.int8)
+    before = size_parts(FileGraph(constants={"w": large, "b": large[:, 0]}), 64 * 33 * 4 + 500)
+    assert [(part.what, part.numbers, part.bytes) for part in before] == [
+        ("weights in float32", 64 * 32, 64 * 32 * 4),
+        (VECTORS, 64, 64 * 4),
+        (GRAPH, 0, 500),
+    ]
+    after = size_parts(FileGraph(constants={"w": small}), 1024 + 700)
+    assert gained(before, after) == "2,048 -> 1,024 weights (2x), 32 -> 8 bits each (4x)"
+    assert gained(before, ()) == ""
+
+
+def test_what_coding_saves_is_told():
+    plain = size_parts(FileGraph(constants={"w": np.zeros((64, 32), np.float32)}), 8192)
+    packed = size_parts(FileGraph(constants={"w": np.zeros((64, 32), np.float32)}), 2048)
+    assert [(part.what, part.bytes) for part in packed][1:] == [(CODED, -6144)]
+    assert gained(plain, packed).endswith("32 -> 32 bits each (1x), coded without loss (4x)")
+
+
+def test_numbers_of_four_bits_take_half_a_byte():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    weight = np.ones((3, 3), ml_dtypes.int4)
+    (part, _) = size_parts(FileGraph(constants={"w": weight}), 100)
+    assert (part.what, part.bytes) == ("weights in int4", 5)

@@ -1,14 +1,16 @@
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from tersor import workspace
 from tersor.core.artifact import Artifact
-from tersor.core.context import Data
+from tersor.core.context import SPLITS, Data
 from tersor.core.errors import (
     ArtifactError,
     DataError,
@@ -56,14 +58,39 @@ def test_without_a_goal_every_stage_is_applied(tmp_path):
     )
 
 
-def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path):
-    goal = {"best": "size", "limits": {"perplexity": "+50%", "f1": "-20pt"}}
+class Positions(nn.Module):
+    """The digits' classes as those of one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = networks.tiny_cnn()
+
+    def forward(self, x):
+        return self.net(x)[:, None]
+
+
+def positions():
+    whole = networks.data()
+    splits = {
+        name: [{**batch, "labels": batch["labels"][:, None]} for batch in getattr(whole, name)]
+        for name in SPLITS
+    }
+    return Data(**splits)
+
+
+@pytest.mark.parametrize("net", ["classes", "positions"])
+def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path, net):
+    one = net == "positions"
+    rises = {"perplexity": "+50%"} if one else {}
     made = run(
         tmp_path,
         {"static": {"weight_bits": 4}},
-        goal=goal,
-        metrics=("accuracy", "auc", "quality"),
-        data=dataclasses.replace(
+        goal={"best": "size", "limits": {"f1": "-20pt", **rises}},
+        metrics=() if one else ("accuracy", "auc", "quality"),
+        net=Positions().eval() if one else None,
+        data=positions()
+        if one
+        else dataclasses.replace(
             networks.data(), quality=lambda o, y: float((o.argmax(1) == y).double().mean())
         ),
     ).report
@@ -76,7 +103,10 @@ def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path):
         "perplexity": "paired bootstrap of 1000 draws",
         "quality": "paired bootstrap of 200 draws",
     }
+    assert tests.keys() & before.keys() == ({"f1", *rises} if one else {*tests} - {"perplexity"})
     for name, test in tests.items():
+        if name not in before:
+            continue
         found = ratios[name]
         assert found.how.startswith(f"paired on the same samples: {test}, p = ")
         difference, low, high = found.difference
@@ -91,8 +121,21 @@ def test_every_quality_metric_is_compared_on_the_same_samples(tmp_path):
         wanted = before[limit.metric].value + ratios[limit.metric].difference[1]
         assert low == pytest.approx(max(0, wanted))
     bound = {limit.metric: limit.bound for limit in made.limits}
-    assert bound["perplexity"] == pytest.approx(1.5 * before["perplexity"].value)
+    if one:
+        assert bound["perplexity"] == pytest.approx(1.5 * before["perplexity"].value)
     assert Artifact.open(tmp_path / "out").report == made
+
+
+def test_a_metric_that_means_nothing_for_the_labels_is_refused(tmp_path):
+    goal = {"best": "size", "limits": {"perplexity": "+2%"}}
+    said = (
+        r"the metric 'perplexity', 'mse' means nothing for these data: the network answers "
+        r"\(2, 10\) for 2 samples, with labels \(2,\) of type int64, which are classes. Metrics "
+        r"that fit: accuracy, auc, f1, top_k"
+    )
+    with pytest.raises(DataError, match=said):
+        run(tmp_path, "fuse_batch_norm", goal=goal, metrics=("mse", "accuracy"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_goal_on_energy_that_cannot_be_counted_is_refused(tmp_path, monkeypatch):
@@ -147,14 +190,46 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
 def test_stopped_after_a_stage_and_resumed(tmp_path):
     steps = ("fuse_batch_norm", {"finetune": {"epochs": 0.5}})
     whole = run(tmp_path / "whole", *steps)
+    state = tmp_path / "out.work" / "00" / "state.json"
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, *steps, should_stop=lambda: True)
-    assert (tmp_path / "out.work" / "00" / "state.json").exists()
+        run(tmp_path, *steps, should_stop=state.exists)
+    assert state.exists()
     assert not (tmp_path / "out").exists()
     resumed = run(tmp_path, *steps, resume=True)
     for a, b in zip(whole.model_files, resumed.model_files, strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert [s.name for s in resumed.report.stages] == ["fuse_batch_norm", "finetune"]
+
+
+def test_stopped_while_training_and_resumed_from_that_step(tmp_path):
+    steps = ({"finetune": {"epochs": 1.0}},)
+    whole = run(tmp_path / "whole", *steps)
+    asked = itertools.count()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *steps, should_stop=lambda: next(asked) == 4)
+    (checkpoint,) = (tmp_path / "out.work" / "00.partial").rglob("finetune.safetensors")
+    with safe_open(checkpoint, framework="pt") as file:
+        assert file.metadata()["step"] == "3"  # asked before: the run, the stage, two steps
+    resumed = run(tmp_path, *steps, resume=True)
+    for a, b in zip(whole.model_files, resumed.model_files, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_run_that_fails_keeps_what_is_finished_and_says_so(tmp_path):
+    def fails(net, loss, **settings):
+        raise RuntimeError("no such thing")
+
+    steps = ("fuse_batch_norm", {"finetune": {"epochs": 0.1}})
+    with pytest.raises(StepError, match="no such thing") as caught:
+        run(tmp_path, *steps, fit=fails)
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"what is finished is kept in {tmp_path / 'out.work'}: once the cause")
+    assert (tmp_path / "out.work" / "00" / "state.json").exists()
+    run(tmp_path, *steps, resume=True)
+    with pytest.raises(StepError, match="no such thing") as caught:
+        run(tmp_path / "other", *steps[1:], fit=fails)
+    assert not hasattr(caught.value, "__notes__")
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_resuming_a_run_that_ended_returns_its_artifact(tmp_path):
@@ -178,9 +253,9 @@ def test_resuming_something_else_names_the_field(tmp_path):
 
 
 def test_an_altered_stage_is_found(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "fuse_batch_norm", should_stop=lambda: True)
     file = tmp_path / "out.work" / "00" / "weights.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "fuse_batch_norm", should_stop=file.exists)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))

@@ -104,3 +104,10 @@ def test_percentiles_need_enough_samples():
     assert p99.low_ms <= p99.ms <= p99.high_ms
     assert all(each.ms is None for each in percentiles(ms[:5]))
     assert percentiles(np.random.default_rng(0).exponential(size=10_000))[3].ms is not None
+
+
+def test_the_slowest_is_of_the_kind_of_the_percentiles():
+    """Queries that come faster than they are answered wait, and so does the slowest one."""
+    found = scenario(Here(Sleeps(0.002)), make, "server", rate=2000.0, seconds=0.05)
+    assert found.slowest_ms == pytest.approx(max(found.latencies_ms), abs=1e-4)
+    assert found.slowest_ms > 50

@@ -65,6 +65,8 @@ def _failed(error: Exception, words: Sequence[str]) -> int:
 
         traceback.print_exception(error)
     print("error: " + "\n".join(lines), file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
     if "--json" in words:
         content = {"class": type(error).__name__, "message": "\n".join(lines), "exit_code": code}
         print(json.dumps({"schema": 1, "error": content}, indent=1))

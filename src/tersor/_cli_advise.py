@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tersor._cli_progress import Progress
 from tersor._cli_talk import (
-    Progress,
     check_out,
-    interruptible,
     paragraph,
     show,
     show_json,
@@ -62,17 +61,15 @@ def advise(
         tell(note)
     batches = pipeline.load_data(data)
     try:
-        with interruptible() as should_stop:
-            found = advisor.advise(
-                loaded,
-                batches,
-                target=chosen,
-                goal=goal,
-                batch=batch,
-                minutes=minutes,
-                display=Progress(),
-                should_stop=should_stop,
-            )
+        found = advisor.advise(
+            loaded,
+            batches,
+            target=chosen,
+            goal=goal,
+            batch=batch,
+            minutes=minutes,
+            display=Progress(),
+        )
     except KeyboardInterrupt:
         tell("interrupted; nothing is kept, run it again")
         return 130
@@ -120,7 +117,7 @@ def recipe_of(
 
     Raises:
         UnfitError: nothing pays. RecipeError: it was resumed with another goal or target.
-        KeyboardInterrupt: stopped, between two trials.
+        KeyboardInterrupt: stopped; nothing is kept.
     """
     from tersor import advisor
     from tersor.core import files
@@ -139,20 +136,18 @@ def recipe_of(
             )
         return recipe, predicted
     tell("trying what may help; every step is measured")
-    with interruptible() as should_stop:
-        found = advisor.advise(
-            model,
-            data,
-            target=target,
-            goal=goal,
-            batch=batch,
-            minutes=advisor.MINUTES if minutes is None else minutes,
-            fit=fit,
-            teacher=teacher,
-            seed=seed,
-            display=Progress(),
-            should_stop=should_stop,
-        )
+    found = advisor.advise(
+        model,
+        data,
+        target=target,
+        goal=goal,
+        batch=batch,
+        minutes=advisor.MINUTES if minutes is None else minutes,
+        fit=fit,
+        teacher=teacher,
+        seed=seed,
+        display=Progress(),
+    )
     if not found.suggestions:
         reasons = "; ".join(f"{_names(r.stage)}: {r.reason}" for r in found.refusals)
         raise UnfitError(f"advise found nothing that pays: {reasons}")

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from tersor import _cli_advise
 from tersor._cli_advise import AUTO
+from tersor._cli_progress import Progress, interruptible
 from tersor._cli_talk import (
-    Progress,
     colored,
-    interruptible,
     paragraph,
     show,
     show_json,
@@ -62,24 +61,28 @@ def compress(
     Returns:
         The exit code: 1 where a limit is not reached, 130 where it was interrupted.
     """
+    from tersor.core.context import under_way
     from tersor.core.errors import DataError, RecipeError
+    from tersor.core.imports import import_object
 
     earlier = _earlier(again) if again is not None else {}
-    chosen = _recipe(recipe, earlier, again, target)
+    display = Progress()
+    with under_way(display, "reading the recipe, which loads PyTorch"):
+        chosen = _recipe(recipe, earlier, again, target)
     if minutes is not None and recipe != AUTO:
         raise RecipeError(
             "--minutes is what --recipe auto may train; a recipe says it by its epochs"
         )
     goal = goal_of(chosen.goal, best, limits)
     _check_names(goal, metrics)
-    # from here on torch is needed: everything above answers at once
-    from tersor import pipeline
-    from tersor.core.imports import import_object
+    with under_way(display, f"loading {model}"):
+        from tersor import pipeline
 
-    loaded = pipeline.load(model, weights=weights, partial=partial)
+        loaded = pipeline.load(model, weights=weights, partial=partial)
     for note in loaded.notes:
         tell(note)
-    batches = pipeline.load_data(data)
+    with under_way(display, f"reading the data {data}"):
+        batches = pipeline.load_data(data)
     if quality is not None:
         made = import_object(quality, error=DataError, what="quality function")
         batches = replace(batches, quality=made)
@@ -127,7 +130,7 @@ def compress(
     if dry_run:
         return _show_plan(pipeline.plan(loaded, chosen, **wanted), as_json)
     try:
-        with interruptible() as should_stop:
+        with interruptible(display.now) as should_stop:
             artifact = pipeline.compress(
                 loaded,
                 chosen,
@@ -139,7 +142,7 @@ def compress(
                 resume=resume,
                 strict=strict,
                 command=_command(words),
-                display=Progress(),
+                display=display,
                 should_stop=should_stop,
             )
     except KeyboardInterrupt:
@@ -197,7 +200,7 @@ def _recipe(
 ) -> "Recipe":
     """Read the recipe that the words name; a target in the words replaces the recipe's."""
     from tersor.core.errors import RecipeError
-    from tersor.core.recipe import Recipe, find, read_target, read_yaml, recipes
+    from tersor.core.recipe import Recipe, read_target, recipes
     from tersor.core.runtime import Target
 
     asked = read_target(target)
@@ -210,10 +213,7 @@ def _recipe(
     if name is None:
         made = Recipe.parse(earlier["recipe"], where=f"{again}/manifest.json")
     else:
-        raw, _ = read_yaml(find(name))
-        if asked is not None and isinstance(raw, Mapping) and "target" not in raw:
-            return Recipe.parse({**raw, "target": str(asked)}, where=find(name).name)
-        made = Recipe.load(name)
+        made = Recipe.load(name, asked)
     if asked is None:
         return made
     same = asked.runtime == made.target.runtime

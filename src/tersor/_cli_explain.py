@@ -134,7 +134,7 @@ def _told_causes(found: "Diagnosis") -> str:
     lines = []
     if found.question == "size":
         sizes = " -> ".join(human(size, "B") for size in found.size_bytes)
-        lines.append(f"{found.name}: {sizes}")
+        lines += [f"{found.name}: {sizes}", "", *_told_contents(found)]
     else:
         lines.append(f"{found.target}, batch {found.batch}, threads {found.threads}")
         if found.comparison is not None:
@@ -158,6 +158,24 @@ def _told_causes(found: "Diagnosis") -> str:
             paragraph(f"to do: {each.fix}", "   "),
         ]
     return "\n".join(lines)
+
+
+def _told_contents(found: "Diagnosis") -> list[str]:
+    """Write what the bytes are, and what made them fewer."""
+    from tersor._size_parts import gained
+    from tersor.core.report_words import human
+
+    columns = [{part.what: part for part in parts} for parts in found.contents]
+    largest: dict[str, int] = {}
+    for part in (part for parts in found.contents for part in parts):
+        largest[part.what] = max(part.bytes, largest.get(part.what, part.bytes))
+    whats = sorted(largest, key=lambda what: -largest[what])
+    rows = [
+        (what, *(human(c[what].bytes, "B") if what in c else "" for c in columns)) for what in whats
+    ]
+    head = ("bytes", "before", "now") if len(columns) == 2 else ("bytes", "")
+    said = gained(*found.contents) if len(columns) == 2 else ""
+    return [table(head, rows), "", *([f"it went from {said}"] if said else [])]
 
 
 def _told(found: "Explanation") -> str:

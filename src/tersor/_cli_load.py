@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor._cli_place import placed
-from tersor._cli_talk import Progress, colored, paragraph, show, show_json, table, tell
+from tersor._cli_progress import Progress
+from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
     from tersor.scenario import Mode, Percentile, Scenario
@@ -142,7 +143,7 @@ def _modes(
 
     rows: list[Scenario | dict[str, str]] = []
     with placed(subject, **names) as (place, make):
-        for mode in Progress()(modes, "modes", len(modes)):
+        for mode in Progress()(modes, "running the modes", len(modes)):
             instance = None
             try:
                 instance = Apart(place, threads=names["threads"] or 0)
@@ -214,7 +215,7 @@ def _where(cell: "Cell") -> str:
 
 def _scenarios(rows: "Sequence[Scenario | Mapping[str, str]]") -> str:
     head = ("mode", "queries", "batch", "queries/s", "samples/s", "p50", "p90", "p99", "p99.9",
-            "stalls", "slowest", "")  # fmt: skip
+            "slowest", "stalls", "")  # fmt: skip
     cells: list[list[str]] = []
     for row in rows:
         if isinstance(row, Mapping):
@@ -222,14 +223,13 @@ def _scenarios(rows: "Sequence[Scenario | Mapping[str, str]]") -> str:
             cells.append([row["mode"], *[""] * 10, failed])
             continue
         asked = row.queries / row.seconds if row.rate is None else row.rate
-        shown = [_told(each) for each in row.percentiles]
+        shown = [*(_told(each) for each in row.percentiles), _figure(row.slowest_ms)]
         if row.mode == "offline":  # all arrive at once: a latency says only how many they are
             shown = [""] * len(shown)
         last = "; ".join(text for text in (row.note, row.short) if text)
         cells.append(
             [row.mode, f"{row.queries:,}", str(row.batch), _figure(asked),
-             _figure(row.samples_per_s), *shown, str(row.stalls),
-             f"{_figure(row.slowest_ms)} ms", last]
+             _figure(row.samples_per_s), *shown, str(row.stalls), last]
         )  # fmt: skip
     notes = [
         f"{row.mode}: p{each.percent:g}: {each.note}"
@@ -239,9 +239,10 @@ def _scenarios(rows: "Sequence[Scenario | Mapping[str, str]]") -> str:
         if each.note
     ]
     note = (
-        "Percentiles are of the latency of a query in ms, with 95 % order-statistic intervals; "
-        "in the mode server it counts from the query's arrival, the wait in the queue included. "
-        "Stalls are runs of 10 times the median or longer; they are in every number."
+        "Percentiles and the slowest are of the latency of a query in ms, percentiles with 95 % "
+        "order-statistic intervals; in the mode server it counts from the query's arrival, the "
+        "wait in the queue included. Stalls are runs, without that wait, of 10 times the median or "
+        "longer; they are in every number."
     )
     return "\n".join([table(head, cells), "", *notes, paragraph(note, "")])
 

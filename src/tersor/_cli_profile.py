@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tersor._cli_place import placed
-from tersor._cli_talk import Progress, check_out, paragraph, show, show_json, table, tell
+from tersor._cli_progress import Progress
+from tersor._cli_talk import check_out, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
     from tersor.profiler import Sparsity

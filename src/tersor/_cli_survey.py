@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor._cli_place import loaded
-from tersor._cli_talk import Progress, colored, paragraph, show, show_json, table, tell
+from tersor._cli_progress import Progress
+from tersor._cli_talk import colored, paragraph, show, show_json, table, tell
 
 if TYPE_CHECKING:
     from tersor.survey import Row, Survey

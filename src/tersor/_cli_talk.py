@@ -1,19 +1,14 @@
-"""How the command line talks: tables and JSON on stdout, words and progress on stderr."""
+"""How the command line talks: tables and JSON on stdout, words on stderr."""
 
 import json
 import os
 import shutil
-import signal
 import sys
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
 KINDS = (
     "techniques",
     "recipes",
@@ -37,7 +32,6 @@ _COLORS = {
     "slower": _RED,
     "not reached": _RED,
 }
-_SHORTEST_S = 0.1  # between two refreshes: cheap beside what is tracked
 
 
 def tell(text: str) -> None:
@@ -109,91 +103,3 @@ def _wrapped(text: str, width: int) -> list[str]:
 def paragraph(text: str, indent: str = "   ") -> str:
     """Wrap a text to 100 columns."""
     return textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)
-
-
-class Progress:
-    """What is under way, on stderr: how far, and the time left. Silent unless it is a terminal.
-
-    Nothing is drawn between two items, so that no thread of ours runs inside a timed section.
-    """
-
-    def __init__(self) -> None:
-        self.live: Any = None
-        self.depth = 0
-        self.drawn = 0.0
-
-    def __call__(
-        self, items: Iterable[T], what: str | Callable[[], str], total: int | None = None
-    ) -> Iterator[T]:
-        """Yield `items`, drawing a line for them; a function says its words anew each time."""
-        if not sys.stderr.isatty():
-            yield from items
-            return
-        if total is None and isinstance(items, Sized):
-            total = len(items)
-        live = self._started()
-        say = what if callable(what) else lambda: what
-        task = live.add_task(say(), total=total)
-        self.depth += 1
-        try:
-            for item in items:
-                yield item
-                live.update(task, advance=1, description=say())
-                self._draw()
-        finally:
-            self.depth -= 1
-            live.remove_task(task)
-            if self.depth == 0:
-                live.stop()
-                self.live = None
-
-    def _started(self) -> Any:
-        if self.live is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Live
-
-            self.live = Live(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                console=Console(stderr=True, no_color=not plays_colors(sys.stderr)),
-                auto_refresh=False,
-                transient=True,
-            )
-            self.live.start()
-        return self.live
-
-    def _draw(self) -> None:
-        now = time.monotonic()
-        if now - self.drawn >= _SHORTEST_S:
-            self.drawn = now
-            self.live.refresh()
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C ask for a stop and the second one stop.
-
-    Yields:
-        A function that tells whether somebody asked.
-    """
-    asked = False
-
-    def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        # not print: the signal may arrive in the middle of one
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops now\n")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

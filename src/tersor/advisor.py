@@ -129,7 +129,7 @@ def advise(
             fit=brief,
             work=Path(folder),
             teacher=None if teacher is None else teacher.net,
-            display=silent,
+            display=display,
         )
         work = Trials(run=run, brief=brief, minutes=minutes, should_stop=should_stop)
         try:

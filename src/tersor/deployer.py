@@ -106,7 +106,7 @@ def _settings(to: str, found: Deployment, options: Mapping[str, Any]) -> Any:
     mistakes = Mistakes()
     made = from_plain(found.options, options, (), mistakes)
     if made is None:
-        raise RecipeError(*(f"{to}: {text}" for _, text in mistakes.found))
+        raise RecipeError(*(f"{to}: {mistake.text}" for mistake in mistakes.found))
     return made
 
 

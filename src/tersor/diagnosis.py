@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from tersor._causes_size import size_causes
 from tersor._causes_time import Profile, time_causes
 from tersor._causes_tried import race, tried_causes
+from tersor._size_parts import SizePart, size_parts
 from tersor.core import plugins
 from tersor.core.artifact import Artifact
 from tersor.core.context import Data
@@ -159,6 +160,8 @@ class Diagnosis:
     """How many times faster it is than the network before, interleaved."""
     size_bytes: tuple[int, ...] = ()
     """Before, where there is one, and now."""
+    contents: tuple[tuple[SizePart, ...], ...] = ()
+    """What those bytes are; nothing where a file cannot be looked into."""
 
     def _repr_html_(self) -> str:
         from tersor.core.notebook import shown
@@ -266,17 +269,33 @@ def _compared(
 
 
 def _of_size(after: Artifact | str | Path, before: Artifact | str | Path | None) -> Diagnosis:
-    sizes = [_files(each) for each in (before, after) if each is not None]
+    given = [each for each in (before, after) if each is not None]
+    sizes = [_files(each) for each in given]
     bytes_each = tuple(sum(file.stat().st_size for file in files) for files in sizes)
-    first = sizes[-1][0]
+    graphs = [_weights(each, files[0]) for each, files in zip(given, sizes, strict=True)]
+    if graphs[-1] is None:
+        name = sizes[-1][0].name
+        raise ModelError(f"{name} cannot be looked into; give a .onnx, .xml or .pt2 file")
+    return Diagnosis(
+        question="size",
+        causes=_ranked(size_causes(sizes[-1][0], graphs[-1], bytes_each[-1])),
+        name=str(after.path if isinstance(after, Artifact) else after),
+        size_bytes=bytes_each,
+        contents=tuple(
+            () if graph is None else size_parts(graph, size)
+            for graph, size in zip(graphs, bytes_each, strict=True)
+        ),
+    )
+
+
+def _weights(subject: Artifact | str | Path, first: Path) -> FileGraph | None:
+    """Look into a file for its constants; None where that cannot be done."""
     with unpacked(first) as file:
         if file.suffix not in (".onnx", ".xml", ".pt2"):
-            raise ModelError(f"{file.name} cannot be looked into; give a .onnx, .xml or .pt2 file")
+            return None
         if file.suffix == ".xml":
-            place(after)  # a child process reads it first
-        causes = size_causes(first, _graph(file, None), bytes_each[-1])
-    name = str(after.path if isinstance(after, Artifact) else after)
-    return Diagnosis(question="size", causes=_ranked(causes), name=name, size_bytes=bytes_each)
+            place(subject)  # a child process reads it first
+        return _graph(file, None)
 
 
 def _graph(file: Path, inputs: Arrays | None) -> FileGraph:

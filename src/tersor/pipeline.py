@@ -16,12 +16,12 @@ import torch
 from tersor import trainer, workspace
 from tersor.core import artifact, packing, plugins, sniffing
 from tersor.core.artifact import Artifact
-from tersor.core.context import Data, Fit, Track, silent
+from tersor.core.context import Data, Fit, Track, silent, under_way
 from tersor.core.errors import DataError, ModelError, suggest
 from tersor.core.goal import Goal
 from tersor.core.hardware import environment
 from tersor.core.model import Model
-from tersor.core.recipe import Recipe
+from tersor.core.recipe import Recipe, stage_name
 from tersor.core.report import Report, StageReport
 from tersor.core.report_page import to_html
 from tersor.core.report_text import to_markdown
@@ -31,6 +31,7 @@ from tersor.ops import splits
 from tersor.plan import (
     Plan,
     check,
+    check_metrics,
     check_teacher,
     check_training,
     forecast,
@@ -116,6 +117,7 @@ def plan(
     inputs = make_inputs(model, data)
     if model.form == "module":
         try_forward(model.net, inputs)
+    check_metrics(model, data, names)
     if teacher is not None:
         check_teacher(_as_model(teacher), model, resolved, inputs)
     return forecast(model, resolved, data, inputs, names, Path(out))
@@ -163,7 +165,8 @@ def compress(
         strict: A limit holds only when its whole interval is inside.
         command: How to repeat the run, for the report.
         display: Progress.
-        should_stop: Asked after every finished stage; True raises KeyboardInterrupt, resumable.
+        should_stop: Asked wherever little is lost, such as after a step of training; True raises
+            KeyboardInterrupt, resumable.
 
     Returns:
         The artifact; `artifact.report.reached` tells whether every limit holds.
@@ -186,57 +189,63 @@ def compress(
     if model.form == "module":
         model.net.eval()
         try_forward(model.net, inputs)
+    check_metrics(model, data, names)
     guide = None if teacher is None else _as_model(teacher)
     if guide is not None:
         check_teacher(guide, model, resolved, inputs)
     artifact.check_out(out)
     work = out.with_name(out.name + ".work")
     with artifact.lock(out):
-        training = workspace.training_threads(work) if resume else None
-        if training is None and model.form == "module" and data.train is not None:
-            training = trainer.choose_threads(model.net, data.train)
-        mark = workspace.fingerprint(model.net, data, resolved, seed, batch, training or 1)
-        if guide is not None:
-            mark["teacher"] = workspace.hash_of(guide.net)
+        with under_way(display, "preparing: hashing the network and the data"):
+            training = workspace.training_threads(work) if resume else None
+            if training is None and model.form == "module" and data.train is not None:
+                training = trainer.choose_threads(model.net, data.train)
+            mark = workspace.fingerprint(model.net, data, resolved, seed, batch, training or 1)
+            if guide is not None:
+                mark["teacher"] = workspace.hash_of(guide.net)
         if resume and (whole := workspace.written(out, mark)) is not None:
             artifact.clear_left(out)
             if work.exists():
                 workspace.remove(work)
             return whole
-        workspace.open_folder(work, mark, resume)
-        run = Run(
-            recipe=resolved,
-            inputs=inputs,
-            data=data,
-            original=model.net,
-            names=names,
-            batch=batch,
-            seed=seed,
-            fit=fit or _own_fit(resolved.training, training or 1, display),
-            work=work,
-            teacher=None if guide is None else guide.net,
-            display=display,
-            predicted=predicted,
-            warnings=[*model.notes, *warnings],
-        )
-        before = run.start()
-        current = before
-        stages: list[StageReport] = []
-        for index, stage in enumerate(display(resolved.stages, "stages", len(resolved.stages))):
-            current, done = run.stage(index, stage, current)
-            stages.append(done)
-            if should_stop():
-                raise KeyboardInterrupt
-        report = run.final(before, current, tuple(stages), strict)
-        report = replace(
-            report,
-            origin=model.origin,
-            command=command,
-            seconds=time.perf_counter() - started,
-        )
-        origin = None if guide is None else guide.origin
-        made = _write(out, run, before, current, report, mark, origin, model.processor)
-        workspace.remove(work)
+        with workspace.opened(work, mark, resume):
+            run = Run(
+                recipe=resolved,
+                inputs=inputs,
+                data=data,
+                original=model.net,
+                names=names,
+                batch=batch,
+                seed=seed,
+                fit=fit or _own_fit(resolved.training, training or 1, display, should_stop),
+                work=work,
+                teacher=None if guide is None else guide.net,
+                display=display,
+                predicted=predicted,
+                should_stop=should_stop,
+                warnings=[*model.notes, *warnings],
+            )
+            run.stop_if_asked()
+            with under_way(display, "the untouched network"):
+                before = run.start()
+            current = before
+            stages: list[StageReport] = []
+            for index, stage in enumerate(resolved.stages):
+                words = f"stage {index + 1} of {len(resolved.stages)}: {stage_name(stage)}"
+                with under_way(display, words):
+                    current, done = run.stage(index, stage, current)
+                stages.append(done)
+                run.stop_if_asked()
+            with under_way(display, "measuring before and after, for the report"):
+                report = run.final(before, current, tuple(stages), strict)
+            report = replace(
+                report,
+                origin=model.origin,
+                command=command,
+                seconds=time.perf_counter() - started,
+            )
+            origin = None if guide is None else guide.origin
+            made = _write(out, run, before, current, report, mark, origin, model.processor)
     return made
 
 
@@ -246,11 +255,15 @@ def _as_model(given: Model | torch.nn.Module) -> Model:
     return Model(net=given, form="module", origin=f"module:{type(given).__name__}")
 
 
-def _own_fit(training: Training, threads: int, display: Track) -> Fit:
+def _own_fit(
+    training: Training, threads: int, display: Track, should_stop: Callable[[], bool]
+) -> Fit:
     """Return tersor's trainer with the settings of a recipe; smoothing is in the loss."""
     settings = dataclasses.asdict(training)
     del settings["label_smoothing"]
-    return functools.partial(trainer.fit, **settings, threads=threads, display=display)
+    return functools.partial(
+        trainer.fit, **settings, threads=threads, display=display, should_stop=should_stop
+    )
 
 
 _NETWORK = ("network", "weights")

@@ -3,6 +3,7 @@
 import inspect
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,20 @@ from torch import Tensor, nn
 
 from tersor.core import plugins
 from tersor.core.context import Batch, Data, Fit
-from tersor.core.errors import DataError, DependencyError, ModelError, RecipeError, TersorError
+from tersor.core.errors import (
+    DataError,
+    DependencyError,
+    ModelError,
+    RecipeError,
+    TargetError,
+    TersorError,
+)
 from tersor.core.model import Inputs, Model, may_lower
 from tersor.core.plugins import technique_of
 from tersor.core.recipe import Recipe, check_target, stage_name
 from tersor.core.runtime import Form
 from tersor.core.schema import changed
+from tersor.core.scoring import tasks_of
 from tersor.core.training import Training
 from tersor.ops.losses import first_output, task_loss
 
@@ -95,6 +104,7 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
     try:
         check_target(recipe.target)
         runtime = plugins.runtime(recipe.target.runtime)
+        _check_system(recipe.target.runtime, runtime.system)
         plugins.require("runtimes", recipe.target.runtime, (*runtime.to_export, *runtime.to_run))
         if not may_lower(model.form, runtime.takes):
             mistakes.append(
@@ -125,6 +135,37 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
         if all(isinstance(m, DependencyError) for m in mistakes):
             kind = DependencyError
         raise kind("\n".join(str(m) for m in mistakes))
+
+
+def check_metrics(model: Model, data: Data, names: Sequence[str]) -> None:
+    """Refuse metrics that mean nothing for the labels, after one forward pass.
+
+    Networks in other forms than a module are not run here, and their metrics not looked at.
+
+    Raises:
+        DataError: names them, and those that fit.
+    """
+    batch = next(iter(data.test or ()), None)
+    known = {name: plugins.metric(name).tasks for name in names}
+    if model.form != "module" or batch is None or "labels" not in batch or not any(known.values()):
+        return
+    count = len(batch["labels"])
+    two = {n: t[:2] if t.dim() and len(t) == count else t for n, t in batch.items()}
+    labels = two.pop("labels").cpu().numpy()
+    with torch.no_grad():
+        made = model.net(**two)
+    outputs = first_output(made).float().cpu().numpy()
+    tasks = tasks_of(outputs, labels, [tensor.cpu().numpy() for tensor in two.values()])
+    wrong = [name for name, of in known.items() if of and not tasks.intersection(of)]
+    if not tasks or not wrong:
+        return
+    fitting = [n for n in plugins.names("metrics") if tasks.intersection(plugins.metric(n).tasks)]
+    raise DataError(
+        f"the metric {', '.join(map(repr, wrong))} means nothing for these data: the network "
+        f"answers {outputs.shape} for {len(labels)} samples, with labels {labels.shape} of type "
+        f"{labels.dtype}, which are {' or '.join(sorted(tasks))}. Metrics that fit: "
+        f"{', '.join(fitting)}"
+    )
 
 
 def check_training(recipe: Recipe, data: Data, fit: Fit | None) -> None:
@@ -211,6 +252,22 @@ def forecast(
         disk_bytes=disk,
         notes=tuple(notes),
     )
+
+
+def _check_system(name: str, system: str) -> None:
+    """Refuse a runtime whose files cannot run here: every step is measured.
+
+    Raises:
+        TargetError: says where they do.
+    """
+    if system and system != sys.platform:
+        there, machine = {"darwin": ("macOS", "a Mac")}.get(system, (system, system))
+        raise TargetError(
+            f"{name} runs on {there} only, and compress keeps no step that it did not measure on "
+            f"its target: give the same command on {machine}. Or compress here for another target, "
+            f"and run the result there: tersor measure MODEL --weights OUT --data DATA --runtime "
+            f"{name}"
+        )
 
 
 def _check_steps(form: Form, recipe: Recipe, data: Data) -> list[TersorError]:

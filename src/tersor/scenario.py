@@ -63,9 +63,9 @@ class Scenario:
     """Of latency: from a query's arrival to its answer. Offline all arrive at the beginning."""
     samples_per_s: float
     stalls: int
-    """Runs of 10 times the median or longer; they stay in every number."""
+    """Runs of 10 times the median or longer, without the wait before; they are in every number."""
     slowest_ms: float
-    """The longest run."""
+    """The longest latency, counted as in the percentiles."""
     short: str = ""
     """What it lacks of MLPerf's shortest run."""
     rate: float | None = None
@@ -176,7 +176,7 @@ def _told(mode: Mode, runs: Runs, batch: int, **more: Any) -> Scenario:
         percentiles=percentiles(latency_ms),
         samples_per_s=count * batch / seconds,
         stalls=stalls(service_ms),
-        slowest_ms=float(service_ms.max()),
+        slowest_ms=float(latency_ms.max()),
         short=f"short: {'; '.join(lacks)}" if lacks else "",
         latencies_ms=tuple(np.round(latency_ms, 5).tolist()),
         **more,

@@ -4,18 +4,18 @@ import copy
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tersor import benchmark, workspace
+from tersor import _ratios, benchmark, workspace
 from tersor.candidate import Candidate, Scores, arrays_of, export, latencies, reopen, score
 from tersor.core import plugins
-from tersor.core.context import Context, Data, Fit, Track
+from tersor.core.context import Context, Data, Fit, Track, under_way
 from tersor.core.errors import StepError, TargetError, TersorError, UnfitError
 from tersor.core.hardware import environment
 from tersor.core.metric import Measurement
@@ -24,7 +24,6 @@ from tersor.core.recipe import Recipe, stage_name, step_name
 from tersor.core.report import LimitReport, Ratio, Report, StageReport, Verdict
 from tersor.core.resampling import Paired
 from tersor.core.schema import Mistakes, changed, from_plain, to_plain
-from tersor.core.statistics import Comparison
 from tersor.operator_times import operator_times
 from tersor.ops import edits, losses, masks, pt2, sharing
 from tersor.ops.fake_quantize import settle
@@ -98,8 +97,19 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     predicted: Sequence[tuple[float, float]] = ()
     """Of each stage, how many times better the goal's metric was to become."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked where little is lost: before the steps of a stage, and while training."""
     first: State | None = None
     """The untouched network, once it was measured."""
+
+    def stop_if_asked(self) -> None:
+        """End the run here if somebody asked for it.
+
+        Raises:
+            KeyboardInterrupt: somebody did.
+        """
+        if self.should_stop():
+            raise KeyboardInterrupt
 
     def start(self) -> State:
         """Export and measure the untouched network: "before"."""
@@ -236,6 +246,7 @@ class Run:
             checkpoints = folder / workspace.CHECKPOINTS / f"{attempt}-{number}-{step.name}"
             checkpoints.mkdir(parents=True, exist_ok=True)
             own: dict[str, Any] = {}
+            self.stop_if_asked()
             context = self._context(checkpoints, own)
             torch.manual_seed(self.seed)
             np.random.seed(self.seed)
@@ -278,8 +289,11 @@ class Run:
 
     def _measured(self, net: Any, folder: Path) -> State:
         sample = arrays_of(next(iter(self.data.validation or ())), self.inputs.example)
-        candidate = export(net, folder, self.inputs, self.recipe.target, sample, batch=self.batch)
-        return State(net=net, candidate=candidate, scores=self._scores(candidate))
+        target = self.recipe.target
+        with under_way(self.display, f"exporting to {target}"):
+            candidate = export(net, folder, self.inputs, target, sample, batch=self.batch)
+        with under_way(self.display, "measuring"):
+            return State(net=net, candidate=candidate, scores=self._scores(candidate))
 
     def _scores(self, candidate: Candidate) -> Scores:
         names = [n for n in self.names if n not in SLOW or self._decides(n)]
@@ -298,14 +312,14 @@ class Run:
             return Decision(keep=True, reason="applied as written: no goal was given"), None
         contest = None
         if any(n in SPEEDS for n in (goal.best, *goal.limits)):
-            timed = self._timed("validation")
-            contest = benchmark.contest(
-                before.candidate.runner,
-                after.candidate.runner,
-                timed,
-                min_effect=STAGE_EFFECT,
-                seed=self.seed,
-            )
+            with under_way(self.display, "timing it against the stage before"):
+                contest = benchmark.contest(
+                    before.candidate.runner,
+                    after.candidate.runner,
+                    self._timed("validation"),
+                    min_effect=STAGE_EFFECT,
+                    seed=self.seed,
+                )
         assert self.first is not None
         quality = {}
         for name, found in self._changes(before.scores, after.scores).items():
@@ -322,7 +336,7 @@ class Run:
             unchanged=float(np.sqrt(np.mean(np.square(moved)))) / scale <= SAME_OUTPUTS,
             quality=quality,
         )
-        return judge(goal, seen), None if contest is None else _speed(contest)
+        return judge(goal, seen), None if contest is None else _ratios.of_contest(contest)
 
     def _changes(self, before: Scores, after: Scores) -> dict[str, Paired]:
         """Compare every quality metric on the same samples, where there are labels."""
@@ -363,7 +377,7 @@ class Run:
         )
         intervals: dict[str, tuple[float, float]] = {}
         ratios = [
-            _ratio(first.measurements[n], last.measurements[n])
+            _ratios.of_figures(first.measurements[n], last.measurements[n])
             for n in first.measurements
             if n not in SPEEDS
         ]
@@ -375,7 +389,7 @@ class Run:
             if m.value >= 0:
                 intervals[name] = (max(intervals[name][0], 0.0), intervals[name][1])
         ratios = [
-            _paired(r, first.measurements[r.metric], changes[r.metric])
+            _ratios.with_interval(r, first.measurements[r.metric], changes[r.metric])
             if r.metric in changes
             else r
             for r in ratios
@@ -384,7 +398,7 @@ class Run:
             c = benchmark.contest(
                 before.candidate.runner, after.candidate.runner, self._timed("test"), seed=self.seed
             )
-            ratios.insert(0, _speed(c))
+            ratios.insert(0, _ratios.of_contest(c))
         limits: tuple[LimitReport, ...] = ()
         if self.recipe.goal is not None:
             limits = check_limits(
@@ -424,61 +438,6 @@ def _weaker(stage: tuple[Any, ...]) -> tuple[Any, ...] | None:
         any_weaker |= weaker is not None
         made.append(config if weaker is None else weaker)
     return tuple(made) if any_weaker else None
-
-
-def _speed(found: Comparison) -> Ratio:
-    """Write an interleaved contest of latencies as a ratio."""
-    return Ratio(
-        metric="latency",
-        value=found.speedup,
-        low=found.low,
-        high=found.high,
-        verdict={"faster": "better", "slower": "worse"}.get(found.verdict, found.verdict),
-        how=found.how,
-    )
-
-
-def _ratio(before: Measurement, after: Measurement) -> Ratio:
-    """Return how many times better `after` is, from two separate figures."""
-    x, y = (before, after) if before.better == "lower" else (after, before)
-    if y.value == 0:
-        same = x.value == 0
-        return Ratio(
-            metric=before.metric,
-            value=1.0 if same else 0.0,
-            low=0.0,
-            high=0.0,
-            verdict="not comparable",
-        )
-    value = x.value / y.value
-    (a, b), (c, d) = x.spread or (x.value, x.value), y.spread or (y.value, y.value)
-    low, high = a / (d or y.value), b / (c or y.value)
-    verdict = "better" if low > 1 else "worse" if high < 1 else "no difference"
-    return Ratio(
-        metric=before.metric,
-        value=value,
-        low=low,
-        high=high,
-        verdict=verdict,
-        how="from two figures",
-    )
-
-
-def _paired(ratio: Ratio, before: Measurement, found: Paired) -> Ratio:
-    """Give a quality metric's ratio the paired interval and test."""
-    made = replace(
-        ratio,
-        verdict=found.verdict(before.better),
-        how=f"paired on the same samples: {found.test}, p = {found.p:.2g}",
-        difference=(found.difference, found.low, found.high),
-        p=found.p,
-    )
-    low, high = before.value + found.low, before.value + found.high
-    if before.value <= 0 or (before.better == "lower" and low <= 0):
-        return made
-    if before.better == "lower":
-        return replace(made, low=before.value / high, high=before.value / low)
-    return replace(made, low=low / before.value, high=high / before.value)
 
 
 def _small(scores: Scores) -> list[str]:

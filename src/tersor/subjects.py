@@ -1,7 +1,7 @@
 """What can be measured: an artifact, its directory, or a bare model file; and inputs for it."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,25 @@ def _bare(path: Path, target: Target | None, threads: int | None) -> Place:
         )
     if plugins.own_runtime(target.runtime).native:
         return _tried(place)
-    return replace(place, inputs=runtime.inputs(path))
+    read = runtime.inputs
+    return replace(place, inputs=what_it_takes(path, lambda: read(path)))
+
+
+def what_it_takes(
+    path: Path, read: Callable[[], Mapping[str, Signature]]
+) -> Mapping[str, Signature]:
+    """Read what a file takes; one that its runtime cannot read is the file's fault.
+
+    Raises:
+        ModelError: names the file, and says what the runtime did.
+    """
+    try:
+        return read()
+    except ChildError:
+        raise
+    except TargetError as error:
+        named = str(error) if path.name in str(error) else f"{path.name}: {error}"
+        raise ModelError(named) from error
 
 
 def _tried(found: Place) -> Place:
@@ -198,8 +216,13 @@ def _tried(found: Place) -> Place:
     child = Child(name, plugins.interpreter(name), memory_bytes=usable_memory())
     about = {"file": str(path.resolve()), "target": to_plain(found.target)}
     try:
-        answer = child.ask("inputs", seconds=TRIAL_S, file=about["file"])
-        found = replace(found, inputs=signatures(answer))
+        found = replace(
+            found,
+            inputs=what_it_takes(
+                path,
+                lambda: signatures(child.ask("inputs", seconds=TRIAL_S, file=about["file"])),
+            ),
+        )
         child.ask("load", seconds=TRIAL_S, **about)
         fixed = [s.shape[0] for s in found.inputs.values() if s.shape and s.shape[0] != "batch"]
         batch = next((size for size in fixed if isinstance(size, int)), 1)

@@ -129,7 +129,7 @@ def survey(
         work = _Work(model, inputs, data, Path(folder), wanted, batch, threads, split)
         rows: list[Row] = []
         running: dict[int, Calls] = {}
-        for name in display(names, "runtimes", len(names)):
+        for name in display(names, "running on each runtime", len(names)):
             row, candidate = work.row(name)
             if candidate is not None:
                 open_runners.callback(candidate.close)

@@ -66,6 +66,7 @@ def fit(
     threads: int = 0,
     checkpoint_every_s: float = 60.0,
     display: Track = silent,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Train `net` to a lower `loss`; the learning rate warms up and falls along a cosine.
 
@@ -100,6 +101,7 @@ def fit(
         threads: 0: all usable cores.
         checkpoint_every_s: Seconds between checkpoints inside an epoch.
         display: Progress, with the loss.
+        should_stop: Asked after each step where there is a `checkpoint`.
 
     Returns:
         `net`, in eval mode, on the CPU; with `ema`, the average of its weights.
@@ -109,6 +111,7 @@ def fit(
         TargetError: there is no such device.
         StepError: loss or gradient is not finite (`net` keeps the weights of the step before, and
             the checkpoint is that of an earlier step), or a checkpoint cannot be read or written.
+        KeyboardInterrupt: `should_stop` said so; the checkpoint is that of this very step.
     """
     settings = Training(
         optimizer=optimizer,
@@ -160,18 +163,22 @@ def fit(
             for group in display(steps, job.told, num_steps - step):
                 set_rate(made, step, num_steps, warm_up)
                 waited = time.monotonic() - last_saved > checkpoint_every_s
-                late_now = job.step(group, step, waited)
+                stop = checkpoint is not None and should_stop()
+                late_now, stop_now = job.step(group, step, (waited, stop))
                 step += 1
                 if on_step:
                     on_step(step, num_steps)
                 if average is not None:
                     average.update(net, step)
                 before, done = ((s * accumulate) // per_epoch for s in (step - 1, step))
-                if checkpoint and (step == num_steps or done > before or late_now):
+                due = step == num_steps or done > before or late_now or stop_now
+                if checkpoint and due:
                     randoms = processes.gathered(checkpoints.random_state(place))
                     if processes.rank == 0:
                         checkpoints.write(checkpoint, run, moving, step, randoms)
                     last_saved = time.monotonic()
+                if stop_now and step < num_steps:
+                    raise KeyboardInterrupt
             if average is not None:
                 average.put(net)
         finally:
@@ -197,18 +204,25 @@ class _Job:
         """Say what is under way, for a display."""
         return "training" if math.isnan(self.last) else f"training, loss {self.last:.4g}"
 
-    def step(self, batches: Sequence[Batch], step: int, late: bool) -> bool:
+    def step(
+        self, batches: Sequence[Batch], step: int, asked: tuple[bool, bool]
+    ) -> tuple[bool, bool]:
         """Descend once on the mean loss of some batches.
 
+        Args:
+            batches: Of this step.
+            step: Its number.
+            asked: Whether this process finds that a checkpoint is due, and that it is to stop.
+
         Returns:
-            Whether a process says that a checkpoint is due.
+            The same of all processes: whether any does.
 
         Raises:
             StepError: loss or gradient is not finite; the weights are those before.
         """
         optimizer, scaler = self.moving.optimizer, self.moving.scaler
         optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(2, device=self.place, dtype=torch.float64)
+        total = torch.zeros(3, device=self.place, dtype=torch.float64)
         for batch, weight in zip(batches, weights_of(batches), strict=True):
             own = self.processes.share(batch)
             if own is None:
@@ -220,14 +234,14 @@ class _Job:
             if not torch.isfinite(value) and self.processes.alone:
                 break
             torch.autograd.backward(scaler.scale(value if part == 1 else value * part))
-        total[1] = float(late)
+        total[1], total[2] = map(float, asked)
         self.processes.add([total])
         self.last = total[0].item()
         if not math.isfinite(self.last):
             raise _not_finite("loss", self.last, step)
         self._descend(step)
         self.processes.average_buffers(self.moving.net)
-        return total[1].item() > 0
+        return total[1].item() > 0, total[2].item() > 0
 
     def _descend(self, step: int) -> None:
         """Move the weights along the gradient; with a scaled loss, skip a step that overflows."""

@@ -8,12 +8,13 @@ OUT.work/
 `-- 01.partial/        a stage under way: checkpoints of its trainings
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,32 @@ def training_threads(work: Path) -> int | None:
         return int(asked) if asked.isdigit() else int(found["training threads"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextlib.contextmanager
+def opened(work: Path, wanted: Mapping[str, str], resume: bool) -> Iterator[None]:
+    """Open the work folder of a run, and remove it at the end.
+
+    Of a run that fails it stays where something is finished that can be gone on from; a note on the
+    error says so. Of one that is interrupted it stays.
+
+    Raises:
+        ArtifactError: as `open_folder`.
+    """
+    open_folder(work, wanted, resume)
+    try:
+        yield
+    except Exception as error:
+        if any(work.glob("[0-9][0-9]/state.json")) or any(work.glob(f"*/{CHECKPOINTS}/*/*")):
+            error.add_note(
+                f"what is finished is kept in {work}: once the cause is mended, the same with "
+                "--resume (resume=True) goes on from there"
+            )
+        else:
+            with contextlib.suppress(OSError):
+                remove(work)
+        raise
+    remove(work)
 
 
 def open_folder(work: Path, wanted: Mapping[str, str], resume: bool) -> None:

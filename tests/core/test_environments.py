@@ -3,10 +3,12 @@
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
-from tersor.core import environments, plugins
+from tersor.core import environments, files, plugins
 from tersor.core.errors import DependencyError, RecipeError
 
 
@@ -41,7 +43,7 @@ def test_an_unknown_one(place):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(environments.VARIABLE, str(tmp_path / "file/below"))
-    with pytest.raises(DependencyError, match="set TERSOR_ENVIRONMENTS to a folder"):
+    with pytest.raises(DependencyError, match="set TERSOR_ENVIRONMENTS to another folder"):
         environments.create("litert", print)
 
 
@@ -78,6 +80,30 @@ def test_the_command_line_says_what_to_do(place):
     )
     assert done.returncode == 2
     assert "Did you mean 'litert'?" in done.stderr
+
+
+def test_two_at_once_make_one(place):
+    """The second waits, and takes what the first has made."""
+    begun, told = threading.Event(), []
+
+    def first():
+        with files.lock(place / "keras"):
+            begun.set()
+            while not told:
+                time.sleep(0.01)
+            (place / "keras").mkdir()
+            (place / "keras/installed").write_text("\n".join(environments.pins("keras")))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait()
+    assert environments.create("keras", told.append) == place / "keras"
+    thread.join()
+    assert told == [
+        f"another process is making {place / 'keras'}; waiting for it",
+        f"{place / 'keras'} was made by it",
+    ]
+    assert [entry.name for entry in place.iterdir()] == ["keras"]
 
 
 def test_a_folder_of_somebody_else_is_kept(place):

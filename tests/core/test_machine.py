@@ -71,7 +71,7 @@ def test_all_mistakes_at_once_with_line_and_nearest_name(tmp_path: Path) -> None
         "mine.yaml:1:1: field 'memory_gb_s' is missing",
         "mine.yaml:2:7: kind: expected one of 'cpu', 'gpu', 'npu', 'tpu', 'fpga', "
         "'microcontroller', got 'nqu'. Did you mean 'npu'?",
-        "mine.yaml:5:13: unknown field 'memory_gbs'. Did you mean 'memory_gb_s'?",
+        "mine.yaml:5:1: unknown field 'memory_gbs'. Did you mean 'memory_gb_s'?",
     ]
 
 

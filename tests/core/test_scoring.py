@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tersor.core.errors import DataError
-from tersor.core.scoring import class_axis, hits
+from tersor.core.scoring import class_axis, hits, tasks_of
 
 
 def test_hits_of_classes_agree_with_argmax() -> None:
@@ -59,3 +59,25 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         hits(outputs, np.array([0, 1, 2, 3]))
     with pytest.raises(DataError, match="no labels to score: all are negative"):
         hits(outputs, np.full(4, -1))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "inputs", "wanted"),
+    [
+        ((4, 10), ((4,), int), float, {"classes"}),
+        ((4, 10), ((4,), int), int, {"classes", "tokens"}),
+        ((4, 7, 10), ((4, 7), int), int, {"positions"}),
+        ((4, 10, 7), ((4, 7), int), float, {"positions"}),
+        ((4, 10, 7, 7), ((4, 7, 7), int), float, {"pixels"}),
+        ((4,), ((4,), int), float, {"scores", "numbers"}),
+        ((4, 1), ((4,), int), float, {"scores", "numbers"}),
+        ((4, 1), ((4,), float), float, {"numbers"}),
+        ((4, 10), ((4, 10), float), float, {"numbers"}),
+        ((4, 10), ((4,), float), float, set()),
+        ((4, 9, 6), ((4, 5, 5), float), float, {"boxes"}),
+    ],
+)
+def test_what_labels_are_is_told_by_shapes_and_types(outputs, labels, inputs, wanted) -> None:
+    shape, kind = labels
+    given = np.zeros((4, 3), inputs)
+    assert tasks_of(np.zeros(outputs), np.zeros(shape, kind), [given]) == wanted

@@ -47,7 +47,18 @@ def test_the_program_computes_what_the_artifact_does(
     np.savez(tmp_path / "z.npz", z=x)
     done = run(sys.executable, out, "--input", str(tmp_path / "z.npz"))
     assert done.returncode == 2
-    assert "error: the network takes x; the file holds z" in done.stdout
+    assert done.stderr == "error: the network takes x; the file holds z\n"
+    np.savez(tmp_path / "text.npz", x=np.full(x.shape, "one"))
+    for wrong, said in {
+        ("--input", "none.npz"): "--input none.npz: No such file or directory",
+        ("--input", str(out / "run.py")): f"--input {out / 'run.py'} is not a .npz file of plain",
+        ("--input", str(tmp_path / "text.npz")): "the network cannot be run on x (5, 1, 8, 8) <U3",
+        (*words[:2], "--output", "no/y.npz"): "--output no/y.npz: the folder does not exist",
+    }.items():
+        done = run(sys.executable, out, *wrong)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {said}")
+        assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from tersor.core.errors import TargetError
+from tersor.core.recipe import Recipe
 from tersor.core.runtime import Target
 from tersor.ops.modules import QuantConv2d
+from tersor.pipeline import compress
 from tersor.quantization.static import Static, static
 from tersor.runtimes.coreml import load
 from tests import networks
@@ -54,5 +56,19 @@ def test_the_package_holds_names_and_weights(tmp_path: Path, tiny_context: Any) 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="CoreML runs here")
 def test_running_elsewhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"CoreML models run on macOS only.*copy the file there"):
+    with pytest.raises(
+        TargetError, match=r"CoreML models run on macOS only.*same command on a Mac"
+    ):
         load(tmp_path / "model.mlpackage.zip", Target(runtime="coreml"))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="CoreML runs here")
+def test_compressing_for_it_elsewhere_is_refused_before_work(tmp_path: Path) -> None:
+    recipe = Recipe.parse({"steps": ["fuse_batch_norm"], "target": "coreml"})
+    said = (
+        r"coreml runs on macOS only, and compress keeps no step .*: give the same command on a Mac"
+        r".*: tersor measure MODEL --weights OUT --data DATA --runtime coreml"
+    )
+    with pytest.raises(TargetError, match=said):
+        compress(networks.tiny_cnn(), recipe, data=networks.data(), out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core import environments, plugins
-from tersor.core.errors import TargetError
+from tersor.core.errors import ModelError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.pieces import narrowed
 from tersor.core.runtime import Signature, Target
@@ -18,6 +18,7 @@ from tersor.ops.lower import lower
 from tersor.quantization.dynamic import Dynamic, dynamic
 from tersor.quantization.static import Static, static
 from tersor.runtimes import executorch as described
+from tersor.subjects import what_it_takes
 from tests import networks
 
 TARGET = Target(runtime="executorch", options={"threads": 1})
@@ -140,6 +141,8 @@ def test_a_wrong_shape_is_said(executorch: Any, int8: tuple[Path, np.ndarray]) -
 def test_other_files_are_not_tried(data: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.pte"
     file.write_bytes(data)
+    with pytest.raises(ModelError, match=r"model\.pte is not a program of ExecuTorch"):
+        what_it_takes(file, lambda: described.inputs(file))
     for read in (described.inputs, lambda path: described.load(path, TARGET)):
         with pytest.raises(
             TargetError, match=r"model\.pte is not a program of ExecuTorch \(\.pte\)"

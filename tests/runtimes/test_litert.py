@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core import environments, plugins
-from tersor.core.errors import TargetError
+from tersor.core.errors import ModelError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.runtime import Target
 from tersor.ops.lower import lower
@@ -25,6 +25,7 @@ from tersor.quantization.static import Static, static
 from tersor.quantization.weight_only import WeightOnly, weight_only
 from tersor.runtimes._litert_program import prepared
 from tersor.runtimes.litert import _fitting
+from tersor.subjects import place
 from tests import networks
 
 LITERT = Target(runtime="litert", options={"threads": 1})
@@ -154,6 +155,8 @@ def test_damaged_files_are_an_error(litert: Any, content: bytes, tmp_path: Path)
     file.write_bytes(content)
     with pytest.raises(TargetError, match=r"empty file|not a TFLite file|cannot load"):
         litert.open(file, LITERT)
+    with pytest.raises(ModelError, match=r"model\.tflite"):
+        place(file)
 
 
 def test_other_files_are_an_error(litert: Any, tmp_path: Path) -> None:
@@ -163,6 +166,8 @@ def test_other_files_are_an_error(litert: Any, tmp_path: Path) -> None:
         TargetError, match=r"model.tflite is a damaged zip archive, not a TFLite file"
     ):
         litert.open(file, LITERT)
+    with pytest.raises(ModelError, match=r"model.tflite is a damaged zip archive"):
+        place(file)
 
 
 @pytest.mark.slow

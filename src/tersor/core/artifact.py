@@ -321,7 +321,7 @@ def _read_report(folder: Path) -> Report:
         raise ArtifactError(f"artifact {str(folder)!r}: {REPORT} is damaged: {error}") from error
     report = from_plain(Report, raw, (), mistakes)
     if report is None:
-        path, text = mistakes.found[0]
+        path, text, _ = mistakes.found[0]
         raise ArtifactError(
             f"artifact {str(folder)!r}: {REPORT}: {'.'.join(map(str, path))}: {text}"
         )
@@ -332,7 +332,7 @@ def _read_target(folder: Path, manifest: Mapping[str, Any]) -> Target:
     mistakes = Mistakes()
     target = from_plain(Target, manifest["target"], ("target",), mistakes)
     if target is None:
-        path, text = mistakes.found[0]
+        path, text, _ = mistakes.found[0]
         raise ArtifactError(
             f"artifact {str(folder)!r}: {MANIFEST}: {'.'.join(map(str, path))}: {text}"
         )

@@ -1,6 +1,7 @@
 """Context, Data, Fit: all a technique may read besides the network and its settings."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -80,6 +81,12 @@ def silent(items: Iterable[T], what: What, total: int | None = None) -> Iterator
     """Track nothing."""
     del what, total
     return iter(items)
+
+
+@contextmanager
+def under_way(display: Track, what: What) -> Iterator[None]:
+    """Show that one thing is being done, for as long as it takes."""
+    yield from display((None,), what, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,20 +5,24 @@ were seen to work (`tersor/environments/NAME.txt`). `tersor doctor --create NAME
 then on the runtime is driven there in a child process, as if it were installed here.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tersor.core.errors import DependencyError, RecipeError, suggest
+from tersor.core import files
+from tersor.core.errors import ArtifactError, DependencyError, RecipeError, suggest
 
 VARIABLE = "TERSOR_ENVIRONMENTS"
 """Names another folder for them."""
 _PINS = Path(__file__).resolve().parent.parent / "environments"
 _DONE = "installed"
 _TORCH = "torch=="
+_LONGEST_S = 3600.0
+"""That another process may take: some are gigabytes."""
 
 
 def folder() -> Path:
@@ -52,6 +56,8 @@ def python(name: str) -> Path | None:
 def create(name: str, tell: Callable[[str], None]) -> Path:
     """Make an environment, anew where an older one is there; needs the network.
 
+    Where another process is making it, that is waited for.
+
     Args:
         name: One of `known()`.
         tell: Told what happens.
@@ -70,20 +76,50 @@ def create(name: str, tell: Callable[[str], None]) -> Path:
         )
     place = folder() / name
     wanted = pins(name)
-    if place.exists() and not (place / "pyvenv.cfg").is_file() and any(place.iterdir()):
-        raise DependencyError(
-            f"{place} is there and is no environment; move it away, or set {VARIABLE} to another "
-            "folder"
-        )
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DependencyError(
-            f"cannot make {place.parent}: {error.strerror}; set {VARIABLE} to a folder that can "
-            "be written"
-        ) from error
-    tell(f"making {place}")
+    with _alone(place, tell) as waited:
+        if waited and python(name) and not stale(name):
+            tell(f"{place} was made by it")
+            return place
+        if place.exists() and not (place / "pyvenv.cfg").is_file() and any(place.iterdir()):
+            raise DependencyError(
+                f"{place} is there and is no environment; move it away, or set {VARIABLE} to "
+                "another folder"
+            )
+        shutil.rmtree(place, ignore_errors=True)
+        tell(f"making {place}")
+        _install(place, name, wanted, tell)
+    return place
+
+
+@contextlib.contextmanager
+def _alone(place: Path, tell: Callable[[str], None]) -> Iterator[bool]:
+    """Keep other processes from making the same environment.
+
+    Yields:
+        Whether another one had to be waited for.
+
+    Raises:
+        DependencyError: the folder cannot be written, or the other takes too long.
+    """
+    waited = False
+    with contextlib.ExitStack() as held:
+        try:
+            try:
+                held.enter_context(files.lock(place))
+            except ArtifactError as error:
+                if error.__cause__ is not None:  # of the disk, not of another process
+                    raise
+                tell(f"another process is making {place}; waiting for it")
+                waited = True
+                held.enter_context(files.lock(place, wait_s=_LONGEST_S))
+        except ArtifactError as error:
+            raise DependencyError(
+                f"{error}; or set {VARIABLE} to another folder that can be written"
+            ) from error
+        yield waited
+
+
+def _install(place: Path, name: str, wanted: Sequence[str], tell: Callable[[str], None]) -> None:
     _run([sys.executable, "-m", "venv", str(place)], name)
     pip = [str(_interpreter(place)), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
     # torch comes first and alone, so that the build that this machine has is taken as it is
@@ -92,7 +128,6 @@ def create(name: str, tell: Callable[[str], None]) -> Path:
             tell(f"installing {len(packages)} package{'s' * (len(packages) > 1)}")
             _run([*pip, *packages], name)
     (place / _DONE).write_text("\n".join(wanted) + "\n", encoding="utf-8")
-    return place
 
 
 def stale(name: str) -> bool:

@@ -11,8 +11,9 @@ TersorError
 `-- ArtifactError      a directory is not an artifact, or was altered
 """
 
-import difflib
 from collections.abc import Iterable
+
+from tersor.core.nearest import nearest
 
 
 class TersorError(Exception):
@@ -79,9 +80,9 @@ class ArtifactError(TersorError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the known name nearest to `word`, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """Return " Did you mean 'x'?" for the known name near to `word`, or an empty string."""
+    near = nearest(word, known)
+    return "" if near is None else f" Did you mean {near!r}?"
 
 
 def first_lines(error: BaseException, count: int = 1) -> str:

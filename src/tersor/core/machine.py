@@ -104,9 +104,7 @@ def find(place: str | Path) -> Machine:
     mistakes = Mistakes()
     found = from_plain(Machine, raw, (), mistakes)
     if mistakes.found:
-        raise RecipeError(
-            *(located(file.name, path, text, places) for path, text in mistakes.found)
-        )
+        raise RecipeError(*(located(file.name, mistake, places) for mistake in mistakes.found))
     assert found is not None
     return found
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tersor.core.resampling import Score
 
 Better = Literal["lower", "higher"]
+Task = Literal["classes", "scores", "tokens", "positions", "pixels", "numbers", "boxes"]
+"""What the labels of a network are; see `scoring.tasks_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ class Metric:
     measure: Measure
     score: "Callable[[Subject], Score] | None" = None
     """How a split is scored sample by sample, which a paired test needs."""
+    tasks: tuple[Task, ...] = ()
+    """What labels it has a meaning for; none: any."""
     proxy: str = ""
     """The metric that is measured in its place where a machine cannot measure it."""
 
@@ -97,6 +101,7 @@ def metric(
     better: Better,
     needs: tuple[str, ...] = (),
     score: "Callable[[Subject], Score] | None" = None,
+    tasks: tuple[Task, ...] = (),
     proxy: str = "",
 ) -> Callable[[M], M]:
     """Mark a function as the metric of its file.
@@ -106,6 +111,7 @@ def metric(
         better: Which direction is an improvement.
         needs: Fields of Subject that must not be None.
         score: How outputs and labels are scored sample by sample; changes are then paired.
+        tasks: What labels it has a meaning for; with others it is refused before there is work.
         proxy: The metric that it returns in its place where the machine has no means to measure it;
             the measurement's condition of the metric's own name is then "unavailable".
     """
@@ -116,6 +122,7 @@ def metric(
             "better": better,
             "needs": needs,
             "score": score,
+            "tasks": tasks,
             "proxy": proxy,
         }
         return measure

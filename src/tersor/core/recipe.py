@@ -9,7 +9,7 @@ goal: {best: latency, limits: {accuracy: -1pt}}
 training: {ema: 0.999}
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tersor.core import plugins
 from tersor.core.errors import RecipeError, suggest
 from tersor.core.goal import Goal
 from tersor.core.runtime import Target
-from tersor.core.schema import Mistakes, changed, from_plain
+from tersor.core.schema import Mistake, Mistakes, changed, from_plain
 from tersor.core.training import Training
 
 Stage = tuple[Any, ...]
@@ -46,14 +46,20 @@ class Recipe:
     """How the steps that train do it."""
 
     @staticmethod
-    def load(path: str | Path) -> "Recipe":
+    def load(path: str | Path, target: Target | None = None) -> "Recipe":
         """Read a recipe file, or a recipe of the package by its name.
+
+        Args:
+            path: Of the file, or the name.
+            target: Where the recipe says none.
 
         Raises:
             RecipeError: `mistakes` lists every mistake with file, line and nearest name.
         """
         file = find(path)
         raw, places = read_yaml(file)
+        if target is not None and isinstance(raw, Mapping):
+            raw = {"target": str(target), **raw}
         return _build(raw, file.name, places)
 
     @staticmethod
@@ -149,20 +155,24 @@ def plain_step(config: Any) -> Any:
 
 
 Places = Mapping[tuple[Any, ...], tuple[int, int]]
+KEY = "(key)"
+"""After the path of a value in `Places`: where its key is."""
 
 
 def _build(raw: Any, where: str, places: Places) -> Recipe:
     mistakes = Mistakes()
     recipe = _read(raw, mistakes)
     if mistakes.found:
-        raise RecipeError(*(located(where, path, text, places) for path, text in mistakes.found))
+        raise RecipeError(*(located(where, mistake, places) for mistake in mistakes.found))
     assert recipe is not None
     return recipe
 
 
-def located(where: str, path: tuple[Any, ...], text: str, places: Places) -> str:
+def located(where: str, mistake: Mistake, places: Places) -> str:
     """Say where a mistake is: "file.yaml:3:5: step 2 (static): bits: ..."."""
-    near = path
+    path, text, near = mistake
+    if text.startswith("unknown field"):
+        near = (*near, KEY)
     while near and near not in places:
         near = near[:-1]
     at = ":{}:{}".format(*places[near]) if near in places else ""
@@ -251,10 +261,8 @@ def _target(raw: Any, mistakes: Mistakes) -> Target | None:
     else:
         target = from_plain(Target, raw, ("target",), mistakes)
     if target is not None:
-        try:
-            check_target(target)
-        except RecipeError as error:
-            mistakes.add(("target",), str(error))
+        for at, text in _target_mistakes(target):
+            mistakes.add(("target",), text, ("target", *at))
     return target
 
 
@@ -283,24 +291,37 @@ def check_target(target: Target) -> None:
     Raises:
         RecipeError: with the nearest name.
     """
-    known = plugins.runtime(target.runtime)
+    for _, text in _target_mistakes(target):
+        raise RecipeError(text)
+
+
+def _target_mistakes(target: Target) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Find what is wrong with a target; with the path of each inside it."""
+    try:
+        known = plugins.runtime(target.runtime)
+    except RecipeError as error:
+        yield ("runtime",), str(error)
+        return
     if target.device not in known.devices:
         near = suggest(target.device, known.devices) or f" It has: {', '.join(known.devices)}"
-        raise RecipeError(f"runtime {target.runtime!r} has no device {target.device!r}.{near}")
+        yield ("device",), f"runtime {target.runtime!r} has no device {target.device!r}.{near}"
     for name in target.options:
         if name not in known.options:
             near = suggest(name, known.options) or f" It has: {', '.join(known.options)}"
-            raise RecipeError(f"runtime {target.runtime!r} has no option {name!r}.{near}")
+            at = ("options", name, KEY)
+            yield at, f"runtime {target.runtime!r} has no option {name!r}.{near}"
     threads = target.options.get("threads", 0)
     if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
-        raise RecipeError(f"threads must be a whole number, 0 for all cores; got {threads!r}")
+        place = ("options", "threads")
+        yield place, f"threads must be a whole number, 0 for all cores; got {threads!r}"
 
 
 def _known_metrics(goal: Goal, mistakes: Mistakes) -> None:
     known = plugins.names("metrics")
     for place, name in [("best", goal.best), *(("limits", name) for name in goal.limits)]:
         if name not in known:
-            mistakes.add(("goal", place), f"unknown metric {name!r}.{suggest(name, known)}")
+            at = ("goal", place, name, KEY) if place == "limits" else ("goal", place)
+            mistakes.add(("goal", place), f"unknown metric {name!r}.{suggest(name, known)}", at)
 
 
 def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
@@ -356,6 +377,7 @@ def _plain(
             if key.value in plain:
                 line, column = key.start_mark.line + 1, key.start_mark.column + 1
                 raise RecipeError(f"{name}:{line}:{column}: {key.value!r} is given twice")
+            places[(*path, key.value, KEY)] = (key.start_mark.line + 1, key.start_mark.column + 1)
             plain[key.value] = _plain(loader, item, (*path, key.value), places, name)
         return plain
     if node.tag == "tag:yaml.org,2002:timestamp" or (

@@ -139,6 +139,8 @@ class Runtime:
     """Formats of weights that it reads beside fp32 and integers, as `half` names them."""
     own_operators: bool = False
     """Whether it runs operators that only tersor has: sparse products."""
+    system: str = ""
+    """`sys.platform` where its files run; "": anywhere."""
     to_export: tuple[str, ...] = ()
     """Packages that `export` imports, by import name."""
     to_run: tuple[str, ...] = ()

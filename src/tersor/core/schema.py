@@ -7,10 +7,11 @@ dict, a tuple a list. Reading back refuses unknown fields, wrong types and value
 
 import dataclasses
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tersor.core.errors import suggest
 from tersor.core.layers import Layers
@@ -18,15 +19,25 @@ from tersor.core.layers import Layers
 T = TypeVar("T")
 
 
+class Mistake(NamedTuple):
+    """What is wrong with plain data."""
+
+    path: tuple[Any, ...]
+    """Of the value: ("steps", 2, "bits")."""
+    text: str
+    at: tuple[Any, ...]
+    """Of the part of that value which the text is about: where a reader should look."""
+
+
 class Mistakes:
-    """Mistakes found so far, each with the path of the value: ("steps", 2, "bits")."""
+    """Mistakes found so far."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[tuple[Any, ...], str]] = []
+        self.found: list[Mistake] = []
 
-    def add(self, path: tuple[Any, ...], text: str) -> None:
-        """Note a mistake."""
-        self.found.append((path, text))
+    def add(self, path: tuple[Any, ...], text: str, at: tuple[Any, ...] | None = None) -> None:
+        """Note a mistake; `at` where it is about a part of what is at `path`."""
+        self.found.append(Mistake(path, text, path if at is None else at))
 
 
 def to_plain(value: Any) -> Any:
@@ -83,8 +94,19 @@ def from_plain(cls: type[T], raw: Any, path: tuple[Any, ...], mistakes: Mistakes
     try:
         return cls(**values)
     except ValueError as error:
-        mistakes.add(path, str(error))
+        mistakes.add(path, str(error), (*path, *_named(raw, str(error))))
         return None
+
+
+def _named(raw: Mapping[str, Any], text: str) -> tuple[str, ...]:
+    """Find the field, or the key inside one, whose name comes first in what a class said."""
+    for word in re.findall(r"\w+", text):
+        if word in raw:
+            return (word,)
+        for key, item in raw.items():
+            if isinstance(item, Mapping) and word in item:
+                return (key, word)
+    return ()
 
 
 def _read(hint: Any, raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Any:
@@ -108,8 +130,8 @@ def _read(hint: Any, raw: Any, path: tuple[Any, ...], mistakes: Mistakes) -> Any
         if raw in arguments and type(raw) in {type(a) for a in arguments}:
             return raw
         names = ", ".join(repr(a) for a in arguments)
-        hintable = suggest(str(raw), [str(a) for a in arguments])
-        mistakes.add(path, f"expected one of {names}, got {raw!r}.{hintable}")
+        near = suggest(str(raw), [str(a) for a in arguments])
+        mistakes.add(path, f"expected one of {names}, got {raw!r}{'.' if near else ''}{near}")
         return None
     if origin is tuple:
         if not isinstance(raw, (list, tuple)):

@@ -1,10 +1,12 @@
 """What a network got right: outputs and labels of a split to figures of each sample."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tersor.core.errors import DataError
+from tersor.core.metric import Task
 
 IGNORED_PIXEL = 255
 """The label of pixels without a class in many data sets of segmentation."""
@@ -35,6 +37,47 @@ def class_axis(outputs: np.ndarray, labels: np.ndarray | None = None) -> int:
     raise DataError(
         f"outputs of shape {outputs.shape} do not fit labels of shape {labels.shape}; classes need "
         "(N, C) with (N,), positions (N, T, C) with (N, T), pixels (N, C, H, W) with (N, H, W)"
+    )
+
+
+def tasks_of(
+    outputs: np.ndarray, labels: np.ndarray, inputs: Iterable[np.ndarray]
+) -> frozenset[Task]:
+    """Tell what the labels of a network may be, by shapes and types.
+
+    Args:
+        outputs: Of a batch.
+        labels: Of that batch.
+        inputs: What the network took.
+
+    Returns:
+        "classes" of samples, and "tokens" where the inputs are such, too; classes of "positions" or
+        "pixels"; "scores" of the class 1; "numbers"; "boxes". Nothing where they are none of these.
+    """
+    found: set[Task] = set()
+    try:
+        axis = class_axis(outputs, labels)
+    except DataError:
+        axis = None
+    if axis is not None and outputs.shape[axis] > 1:
+        kinds: dict[int, Task] = {1: "classes", 3: "pixels"}
+        found.add(kinds.get(labels.ndim, "positions"))
+        if labels.ndim == 1 and all(x.dtype.kind in "iu" for x in inputs):
+            found.add("tokens")
+    column = outputs.ndim == 1 or outputs.shape[1:] == (1,)
+    if column and labels.ndim == 1 and labels.dtype.kind in "iub":
+        found.add("scores")
+    if _are_numbers(outputs, labels):
+        found.add("numbers")
+    if outputs.ndim == labels.ndim == 3 and (outputs.shape[2], labels.shape[2]) == (6, 5):
+        found.add("boxes")
+    return frozenset(found)
+
+
+def _are_numbers(outputs: np.ndarray, labels: np.ndarray) -> bool:
+    """Tell whether there is a label for each output; an axis of one may be missing."""
+    return labels.shape == outputs.shape or (
+        outputs.shape[-1] == 1 and labels.shape == outputs.shape[:-1]
     )
 
 
@@ -181,9 +224,7 @@ def squared_errors(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Raises:
         DataError: labels do not fit, or are not finite.
     """
-    if labels.shape not in (outputs.shape, outputs.shape[:-1]) or (
-        labels.shape != outputs.shape and outputs.shape[-1] != 1
-    ):
+    if not _are_numbers(outputs, labels):
         raise DataError(
             f"outputs of shape {outputs.shape} do not fit labels of shape {labels.shape}; a "
             "squared error needs a number for each output"

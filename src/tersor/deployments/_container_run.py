@@ -20,22 +20,67 @@ def main() -> int:
     parser.add_argument("--input", type=Path, metavar="X.npz", help="an array for each input")
     parser.add_argument("--output", type=Path, metavar="Y.npz", help="where the outputs go")
     words = parser.parse_args()
+    try:
+        run(words)
+    except RefusedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class RefusedError(Exception):
+    """What was asked cannot be done; says why."""
+
+
+def run(words: argparse.Namespace) -> None:
+    """Do what the words say.
+
+    Raises:
+        RefusedError: a file is missing or does not fit.
+    """
+    given = {} if words.input is None else read(words.input)
+    if words.output is not None and not words.output.absolute().parent.is_dir():
+        raise RefusedError(f"--output {words.output}: the folder does not exist")
     load = openvino if words.model.suffix == ".xml" else onnxruntime
+    if not words.model.is_file():
+        raise RefusedError(f"--model {words.model} does not exist")
     wanted, compute = load(words.model, words.threads)
     if words.input is None:
         print("the network takes:", *wanted)
-        return 0
-    with np.load(words.input, allow_pickle=False) as arrays:
-        given = {name: arrays[name] for name in arrays.files}
+        return
     if set(given) != set(wanted):
-        print(f"error: the network takes {', '.join(wanted)}; the file holds {', '.join(given)}")
-        return 2
-    made = compute(given)
+        raise RefusedError(
+            f"the network takes {', '.join(wanted)}; the file holds {', '.join(given)}"
+        )
+    try:
+        made = compute(given)
+    except Exception as error:  # each runtime has its own
+        shapes = ", ".join(f"{name} {a.shape} {a.dtype}" for name, a in given.items())
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else type(error).__name__
+        raise RefusedError(f"the network cannot be run on {shapes}: {reason}") from error
     for name, array in made.items():
         print(name, "x".join(map(str, array.shape)), array.dtype)
     if words.output is not None:
-        np.savez(words.output, **made)
-    return 0
+        try:
+            np.savez(words.output, **made)
+        except OSError as error:
+            raise RefusedError(f"--output {words.output}: {error.strerror or error}") from error
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read the arrays of a .npz file.
+
+    Raises:
+        RefusedError: it is missing, or is no such file.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except OSError as error:
+        raise RefusedError(f"--input {file}: {error.strerror or error}") from error
+    except Exception as error:  # numpy and zipfile have many
+        raise RefusedError(f"--input {file} is not a .npz file of plain arrays") from error
 
 
 def onnxruntime(file: Path, threads: int) -> tuple[list[str], Any]:

@@ -14,7 +14,13 @@ def score(subject: Subject) -> Score:
     return mean_of(shares, single=subject.labels.ndim == 1, percent=True)
 
 
-@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score)
+@metric(
+    unit="%",
+    better="higher",
+    needs=("outputs", "labels"),
+    score=score,
+    tasks=("classes", "positions", "pixels"),
+)
 def accuracy(subject: Subject) -> Measurement:
     """Compare the highest output with the label: of samples, positions or pixels.
 

@@ -38,7 +38,9 @@ def score(subject: Subject) -> Score:
     return mean_of(np.mean(found, axis=0), percent=True, lowest=0.0)
 
 
-@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score)
+@metric(
+    unit="%", better="higher", needs=("outputs", "labels"), score=score, tasks=("classes", "scores")
+)
 def auc(subject: Subject) -> Measurement:
     """Take the chance that a sample of the class scores higher than one of another class.
 

@@ -21,7 +21,13 @@ def score(subject: Subject) -> Score:
     return Score(count=len(subject.labels), of=of, bounds=(0, 100))
 
 
-@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score)
+@metric(
+    unit="%",
+    better="higher",
+    needs=("outputs", "labels"),
+    score=score,
+    tasks=("positions", "pixels"),
+)
 def iou(subject: Subject) -> Measurement:
     """Add up pixels over the whole split, and average the classes that were answered or are true.
 

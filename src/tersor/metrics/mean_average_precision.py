@@ -15,7 +15,7 @@ def score(subject: Subject) -> Score:
     return _score(_found(subject))
 
 
-@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score)
+@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score, tasks=("boxes",))
 def mean_average_precision(subject: Subject) -> Measurement:
     """Average the precision over recalls, ten overlaps from 0.5 to 0.95, and classes.
 

@@ -13,7 +13,7 @@ def score(subject: Subject) -> Score:
     return mean_of(squared_errors(subject.outputs, subject.labels))
 
 
-@metric(unit="1", better="lower", needs=("outputs", "labels"), score=score)
+@metric(unit="1", better="lower", needs=("outputs", "labels"), score=score, tasks=("numbers",))
 def mse(subject: Subject) -> Measurement:
     """Average the squared differences of outputs and labels.
 

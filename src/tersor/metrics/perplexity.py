@@ -34,7 +34,13 @@ def score(subject: Subject) -> Score:
     return Score(count=nats.size, of=of, bounds=(1, math.inf))
 
 
-@metric(unit="1", better="lower", needs=("outputs", "labels"), score=score)
+@metric(
+    unit="1",
+    better="lower",
+    needs=("outputs", "labels"),
+    score=score,
+    tasks=("positions", "tokens"),
+)
 def perplexity(subject: Subject) -> Measurement:
     """Take exp of the mean cross-entropy of each label, in nats.
 

@@ -20,7 +20,7 @@ def score(subject: Subject) -> Score:
     return Score(count=errors.size, of=of)
 
 
-@metric(unit="1", better="lower", needs=("outputs", "labels"), score=score)
+@metric(unit="1", better="lower", needs=("outputs", "labels"), score=score, tasks=("numbers",))
 def rmse(subject: Subject) -> Measurement:
     """Take the root of the mean squared difference of outputs and labels.
 

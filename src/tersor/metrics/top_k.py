@@ -16,7 +16,13 @@ def score(subject: Subject) -> Score:
     return mean_of(shares, single=subject.labels.ndim == 1, percent=True)
 
 
-@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score)
+@metric(
+    unit="%",
+    better="higher",
+    needs=("outputs", "labels"),
+    score=score,
+    tasks=("classes", "positions", "pixels"),
+)
 def top_k(subject: Subject) -> Measurement:
     """Count labels among the five highest outputs; with five classes or fewer, all but the lowest.
 

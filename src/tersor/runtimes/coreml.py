@@ -76,8 +76,8 @@ def load(path: Path, target: Target) -> Runner:
     """
     if sys.platform != "darwin":
         raise TargetError(
-            "CoreML models run on macOS only. This network can be exported here, not run or "
-            "measured; copy the file there and measure it with tersor, or open it in Xcode"
+            "CoreML models run on macOS only. Here the file can be written, not run or measured; "
+            "give the same command on a Mac"
         )
     if target.threads:
         raise TargetError("CoreML chooses its threads by itself; leave threads out")
@@ -195,6 +195,7 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     fixed_batch=True,
+    system="darwin",
     to_export=("torch", "coremltools"),
     to_run=("coremltools",),
 )
