@@ -347,7 +347,7 @@ def _session(
         options.optimized_model_filepath = str(write_to)
     # idle threads that spin would disturb whatever is measured beside this session
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # 4-bit weights, which the session fuses: compute in fp32, not in int8 with activations quantized on the fly
+    # 4-bit weights, which the session fuses: in fp32, not with activations rounded on the fly
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if target.device != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
