@@ -21,7 +21,10 @@ the process within that span, `before_bytes` the one at its start (packages, net
 Wilson's interval and paired differences; for `unet` the mean IoU of the workload, with intervals
 from a paired bootstrap over scenes. `divergence_from_fp32` tells how far a file's outputs are from
 those it was made from; a quality above or below fp32's with a large divergence is a drift, with a
-small one chance.
+small one chance. `shift` is how much a file's logits of each class are higher than fp32's on the
+mean, and `minus_fp32_without_shift` the difference in quality once that is taken back: mean IoU
+rises where rare classes are named more often than they were trained to be, which is another
+threshold and no better rounding.
 
 **Latency** is timed interleaved, all ONNX files of a network in one process for each runtime. Only
 torch runs torchao's program (Inductor) and torch's dynamic quantization (eager): these are timed in
@@ -109,6 +112,9 @@ class Contestant:
     size_bytes: int
     ms: dict[int, np.ndarray] = field(default_factory=dict)
     """Milliseconds by block, for each batch size; all of one group were timed in turns."""
+    unshifted: np.ndarray | None = None
+    """Samples after the mean shift of the logits from fp32's is taken back."""
+    shift: tuple[float, ...] = ()
     divergence: float | None = None
     """Of the outputs from fp32's on the same runtime; None where only torch runs the file."""
 
@@ -377,8 +383,11 @@ def on_runtime(
         assert labels is not None
         runners[contestant] = runner
         floats = outputs if contestant == "fp32" else floats
+        moved = np.zeros(()) if floats is None else shift(outputs, floats)
         found[contestant] = Contestant(
             samples=scored(outputs, labels, metric),
+            unshifted=scored(outputs - moved, labels, metric),
+            shift=tuple(round(float(x), 4) for x in moved.reshape(-1)),
             divergence=None if floats is None else apart(outputs, floats),
             size_bytes=sum(f.stat().st_size for f in made),
         )
@@ -389,6 +398,12 @@ def on_runtime(
         for contestant, ms in zip(runners, times, strict=True):
             found[contestant].ms[batch] = ms
     return found
+
+
+def shift(outputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return how much higher the outputs of each class, dimension 1, are on the mean."""
+    others = tuple(axis for axis in range(outputs.ndim) if axis != 1)
+    return (outputs - wanted).mean(others, keepdims=True, dtype=np.float64).astype(np.float32)
 
 
 def apart(outputs: np.ndarray, wanted: np.ndarray) -> float:
@@ -427,6 +442,10 @@ def figures(contestant: str, group: dict[str, Contestant]) -> dict[str, Any]:
         "samples": len(mine.samples),
         "accuracy_minus_fp32": minus(fp32.samples, mine.samples),
         "divergence_from_fp32": mine.divergence,
+        "shift": mine.shift,
+        "minus_fp32_without_shift": (
+            None if mine.unshifted is None else minus(fp32.samples, mine.unshifted)
+        ),
         "size_bytes": mine.size_bytes,
         "latency": latency,
     }

@@ -16,6 +16,7 @@ import numpy as np
 
 from tersor.core.errors import ModelError
 from tersor.core.sparsity import Structure, find_structure
+from tersor.ops.onnx_count import zero_codes
 
 _IR = {"f32": "f4", "f16": "f2", "bf16": "bf16", "i8": "i1", "u8": "u1", "i32": "i4", "i64": "i8"}
 _SAFE = {"F32": "f4", "F16": "f2", "BF16": "bf16", "I8": "i1", "U8": "u1", "I32": "i4", "I64": "i8"}
@@ -111,7 +112,7 @@ def _of_onnx(model: Any) -> Iterator[Constant]:
     users = {name: node for node in model.graph.node for name in node.input}
     for each in model.graph.initializer:
         array = numpy_helper.to_array(each)
-        zero = array == 0
+        zero = _zeros(users.get(each.name), each.name, array)
         bits = 4 if "int4" in str(array.dtype) else 8 * array.dtype.itemsize
         yield Constant(
             layer=each.name,
@@ -126,6 +127,16 @@ def _of_onnx(model: Any) -> Iterator[Constant]:
                 rounded=np.issubdtype(array.dtype, np.integer) or bits == 4,
             ),
         )
+
+
+def _zeros(user: Any, name: str, array: np.ndarray) -> np.ndarray:
+    """Mark what stands for zero."""
+    if user is not None and user.op_type == "MatMulNBits" and list(user.input)[1] == name:
+        found = zero_codes(user, array)
+        if found is not None:
+            return found
+    made: np.ndarray = array == 0
+    return made
 
 
 def _input_axis(users: Mapping[str, Any], name: str) -> int:

@@ -43,13 +43,19 @@ class Candidate:
 
 
 def number_format(net: Any) -> str:
-    """Tell the narrowest number format that a network computes in."""
+    """Tell the narrowest number format that a network computes in.
+
+    Weights of 8 bits in groups count as int8: ONNX Runtime rounds the activations beside them.
+    """
     precision = notes_of(net).get("precision")
     if precision:
         return str(precision)
     if isinstance(net, torch.nn.Module):
-        kinds = {type(m).__name__ for m in net.modules()}
-        if any(kind.startswith("Quant") for kind in kinds):
+        layers = [(type(m).__name__, m) for m in net.modules()]
+        if any(
+            kind.startswith("Quant") or (kind == "GroupedLinear" and m.bits == 8)
+            for kind, m in layers
+        ):
             return "int8"
     return "fp32"
 

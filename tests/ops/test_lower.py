@@ -10,6 +10,7 @@ from tersor.core import plugins
 from tersor.core.errors import ModelError
 from tersor.core.model import Inputs
 from tersor.core.runtime import Target
+from tersor.ops.direct import make_direct
 from tersor.ops.lower import form_of, lower
 from tests import networks
 
@@ -119,6 +120,11 @@ DIRECTLY = {
     "pad": (lambda x: F.pad(x, (1, 2)), (2, 3)),
     "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), (2, 3, 4, 8)),
     "select": (lambda x: x[:, 1] + x.unbind(1)[0], (2, 3)),
+    "arange": (lambda x: x + F.embedding(torch.arange(3), torch.ones(3, 3)), (2, 3, 3)),
+    "chunk": (lambda x: x.chunk(3, -1)[1] / 2, (2, 3, 6)),
+    "masked_fill": (lambda x: torch.zeros_like(x).masked_fill_(~(x > 0), -1.0), (2, 3)),
+    "to": (lambda x: (x > 0).to(torch.float32).sum(1), (2, 3)),
+    "unflatten": (lambda x: x.unflatten(-1, (2, 3)).unsqueeze(1), (2, 5, 6)),
 }
 
 
@@ -140,6 +146,36 @@ def test_what_is_written_without_decomposition(name: str) -> None:
     x = torch.randn(5, *shape[1:])
     (found,) = session.run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), call(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_masks_and_means_are_made_of_is_only_spelled_otherwise() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            low = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -9.0)
+            parts = [part.unflatten(-1, (2, 1)) for part in x.chunk(3, -1)]
+            kept = mask.unsqueeze(-1).to(torch.float32)
+            mean = (x * kept).sum(1) / kept.sum(1)
+            return torch.cat([mean, low, parts[1][:, 0, :, 0]], 1)
+
+    given = {"x": torch.randn(2, 4, 6), "mask": torch.randn(2, 4) > -1}
+    program = torch.export.export(
+        Net(), (), kwargs=given, dynamic_shapes={k: {0: torch.export.Dim("n")} for k in given}
+    )
+    assert make_direct(program, ())
+    torch.testing.assert_close(program.module()(**given), Net()(**given))
+
+
+def test_what_writes_into_shared_memory_is_left_to_a_decomposition() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.zeros_like(x)
+            y[:, :1].masked_fill_(x[:, :1] > 0, 1.0)
+            return y + x
+
+    x = torch.randn(4, 3)
+    program = torch.export.export(Net().eval(), (x,))
+    assert not make_direct(program, ())
+    torch.testing.assert_close(program.module()(x), Net()(x))
 
 
 def test_free_sizes_become_those_of_the_example():

@@ -90,7 +90,9 @@ def test_runtimes_agree_with_memory(
     x = networks.digits()[0][:32]
     with torch.no_grad():
         wanted = made(x).numpy()
-    assert np.abs(next(iter(runner.bind({"x": x.numpy()})().values())) - wanted).max() < 1e-3
+    # ONNX Runtime rounds activations to 8 bits beside weights of 8 bits
+    allowed = 1e-2 * np.abs(wanted).max() if (config.bits, runtime) == (8, "onnxruntime") else 1e-3
+    assert np.abs(next(iter(runner.bind({"x": x.numpy()})().values())) - wanted).max() < allowed
 
 
 def test_group_size_must_divide(tiny_context: Any) -> None:

@@ -20,6 +20,7 @@ from tersor.core.errors import ModelError, named_lines
 from tersor.core.model import Inputs, may_lower
 from tersor.core.runtime import Form
 from tersor.ops.capture import capture
+from tersor.ops.direct import make_direct
 
 OPSET = 21
 """The first with 4-bit and block-wise DequantizeLinear."""
@@ -176,7 +177,7 @@ def _bounds(error: Exception) -> dict[str, int]:
 
 def _to_onnx(program: ExportedProgram, *, own: bool) -> Any:
     """Write a program as ONNX; `own`: nobody else needs it."""
-    from tersor.ops.onnx_translations import DIRECT, finish, translations
+    from tersor.ops.onnx_translations import finish, translations
 
     table = translations()
     called = {n.target for n in program.graph.nodes if n.op == "call_function"}
@@ -185,7 +186,7 @@ def _to_onnx(program: ExportedProgram, *, own: bool) -> Any:
             "layers whose weights are executed sparse cannot be written as ONNX, which has no such "
             "operator; choose a target of PyTorch, such as torch_export, or leave the layers dense"
         )
-    if own and all(target in table or str(target) in DIRECT for target in called):
+    if own and make_direct(program, table):
         # most of the exporter's time would go into tracing it again, to decompose nothing
         vars(program)["run_decompositions"] = lambda _: program
     try:

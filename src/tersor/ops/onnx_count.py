@@ -78,7 +78,7 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
 
     Args:
         model: onnx.ModelProto.
-        zeros: Count numbers that are zero, too; packed ones all count.
+        zeros: Count numbers that are zero, too; those packed in less than a byte all count.
     """
     import onnx
 
@@ -91,12 +91,12 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
     nodes = list(_all_nodes(model.graph))
     codes: set[str] = set()
     weights: set[str] = set()
-    packed: dict[str, int] = {}
+    packed: dict[str, Any] = {}
     for node in nodes:
         given = list(node.input)
         kind = node.op_type
         if kind == "MatMulNBits":
-            packed[given[1]] = attribute_of(node, "N", 0) * attribute_of(node, "K", 0)
+            packed[given[1]] = node
             weights.update([given[0], *given[4:]])
         elif kind in _CODES:
             codes.update(given[i] for i in _CODES[kind] if i < len(given))
@@ -107,7 +107,7 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
     total = 0
     for name, tensor in _constants(model.graph, nodes):
         if name in packed:
-            total += packed[name]
+            total += _packed_numbers(packed[name], tensor, zeros)
         elif name in codes or (name in weights and tensor.data_type in floats and len(tensor.dims)):
             total += math.prod(tensor.dims) if zeros else _nonzeros(tensor)
     return total
@@ -117,6 +117,31 @@ def _nonzeros(tensor: Any) -> int:
     from onnx import numpy_helper
 
     return int((numpy_helper.to_array(tensor) != 0).sum())
+
+
+def _packed_numbers(node: Any, tensor: Any, zeros: bool) -> int:
+    """Count the weights of a MatMulNBits; its last block is filled up with zeros."""
+    from onnx import numpy_helper
+
+    if not zeros and tensor.dims:
+        zero = zero_codes(node, numpy_helper.to_array(tensor))
+        if zero is not None:
+            return int((~zero).sum())
+    return int(attribute_of(node, "N", 0)) * int(attribute_of(node, "K", 0))
+
+
+def zero_codes(node: Any, codes: np.ndarray) -> np.ndarray | None:
+    """Mark the codes that stand for zero in the weights of a MatMulNBits; None: not told.
+
+    Args:
+        node: The operator.
+        codes: Its second input; told for codes of a byte without zeros of their own.
+    """
+    symmetric = len(node.input) < 4 or not node.input[3]
+    if not symmetric or attribute_of(node, "bits", 4) != 8:
+        return None
+    found: np.ndarray = codes == 128
+    return found
 
 
 def macs_of(node: Any, shapes: Mapping[str, Shape]) -> int:

@@ -5,16 +5,22 @@ unpacks them with integer operators over constants, which ONNX Runtime computes 
 the file. From then on the network is the one with bytes.
 """
 
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from tersor.ops.onnx_count import attribute_of
 
 _WORTH = 1024
 """Bytes to be saved at least: the operators that unpack a layer take about as many."""
 
 
 def pack_weights(model: Any) -> Any:
-    """Pack the weights of DequantizeLinear, int8 or uint8, whose codes all fit fewer bits.
+    """Pack weights whose codes all fit fewer bits than they are held in.
+
+    Those are weights of DequantizeLinear, int8 or uint8, and of MatMulNBits with 4 bits.
 
     Args:
         model: onnx.ModelProto of opset 18 or later. Not modified.
@@ -29,16 +35,23 @@ def pack_weights(model: Any) -> Any:
     for node in model.graph.node:
         for name in node.input:
             uses.setdefault(name, []).append(node)
-    chosen: dict[str, int] = {}
+    chosen: dict[str, _Codes] = {}
     for name, tensor in initializers.items():
         kinds = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
         if tensor.data_type not in kinds or len(tensor.dims) < 2:
             continue
-        codes = onnx.numpy_helper.to_array(tensor)
-        bits = _bits(codes)
-        plain = all(n.op_type == "DequantizeLinear" and n.input[0] == name for n in uses[name])
-        if plain and bits < 8 and codes.size * (8 - bits) // 8 > _WORTH:
-            chosen[name] = bits
+        array, users = onnx.numpy_helper.to_array(tensor), uses[name]
+        if all(n.op_type == "DequantizeLinear" and n.input[0] == name for n in users):
+            codes = _Codes(codes=array, bits=_bits(array), lift=0, dims=array.shape)
+            codes = replace(codes, lift=_lift(array, codes.bits))
+        elif all(n.op_type == "MatMulNBits" and n.input[1] == name for n in users):
+            if any(attribute_of(n, "bits", 4) != 4 for n in users):
+                continue
+            codes = _halves(array)
+        else:
+            continue
+        if array.size - codes.codes.size * codes.bits // 8 > _WORTH:
+            chosen[name] = codes
     if not chosen:
         return model
     made = onnx.ModelProto()
@@ -47,11 +60,30 @@ def pack_weights(model: Any) -> Any:
     nodes = list(made.graph.node)
     del made.graph.initializer[:], made.graph.node[:]
     made.graph.initializer.extend(kept)
-    for name, bits in chosen.items():
-        codes = onnx.numpy_helper.to_array(initializers[name])
-        made.graph.node.extend(_unpacking(made.graph, name, codes, bits))
+    for name, codes in chosen.items():
+        made.graph.node.extend(_unpacking(made.graph, name, codes))
     made.graph.node.extend(nodes)
     return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Codes:
+    """Weights that fit `bits` once `lift` is added; read as they are, or as halves of bytes."""
+
+    codes: np.ndarray
+    bits: int
+    lift: int
+    dims: tuple[int, ...]
+    """Of the initializer that they come from."""
+    halves: bool = False
+
+
+def _halves(array: np.ndarray) -> _Codes:
+    """Split bytes into codes of 4 bits, the low one first."""
+    codes = np.stack([array & 15, array >> 4], axis=-1).reshape(-1).astype(np.int8)
+    low, high = int(codes.min(initial=15)), int(codes.max(initial=0))
+    bits = max((high - low).bit_length(), 1)
+    return _Codes(codes=codes, bits=bits, lift=-low, dims=array.shape, halves=True)
 
 
 def _bits(codes: np.ndarray) -> int:
@@ -62,9 +94,16 @@ def _bits(codes: np.ndarray) -> int:
     return max(high, -1 - low).bit_length() + 1
 
 
-def packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack codes, `bits` bytes for every eight of them: uint8 (groups, bits)."""
-    lifted = (codes.reshape(-1).astype(np.int64) + _lift(codes, bits)).astype(np.uint64)
+def packed(codes: np.ndarray, bits: int, lift: int | None = None) -> np.ndarray:
+    """Pack codes, `bits` bytes for every eight of them: uint8 (groups, bits).
+
+    Args:
+        codes: Integers, signed or not.
+        bits: Of a code.
+        lift: What makes them unsigned; unset: half the range where their type is signed.
+    """
+    lift = _lift(codes, bits) if lift is None else lift
+    lifted = (codes.reshape(-1).astype(np.int64) + lift).astype(np.uint64)
     eights = np.pad(lifted, (0, -len(lifted) % 8)).reshape(-1, 8)
     places = np.arange(8, dtype=np.uint64) * np.uint64(bits)
     words = np.bitwise_or.reduce(eights << places, axis=1)
@@ -78,11 +117,12 @@ def _lift(codes: np.ndarray, bits: int) -> int:
     return 0 if codes.dtype == np.uint8 else 1 << (bits - 1)
 
 
-def _unpacking(graph: Any, name: str, codes: np.ndarray, bits: int) -> list[Any]:
+def _unpacking(graph: Any, name: str, given: _Codes) -> list[Any]:
     """Return the nodes that turn packed codes into the tensor `name`."""
     import onnx
 
     kinds = onnx.TensorProto
+    codes, bits, lift = given.codes, given.bits, given.lift
 
     def constant(key: str, array: np.ndarray) -> str:
         full = f"unpack.{key}"
@@ -97,7 +137,7 @@ def _unpacking(graph: Any, name: str, codes: np.ndarray, bits: int) -> list[Any]
         made.append(onnx.helper.make_node(kind, list(inputs), [output], **attributes))
         return output
 
-    own = packed(codes, bits)
+    own = packed(codes, bits, lift)
     graph.initializer.append(onnx.numpy_helper.from_array(own, f"{name}.packed"))
     bytes_ = np.arange(bits, dtype=np.uint64) * np.uint64(8)
     places = np.arange(8, dtype=np.uint64) * np.uint64(bits)
@@ -122,19 +162,25 @@ def _unpacking(graph: Any, name: str, codes: np.ndarray, bits: int) -> list[Any]
     lifted = write(
         "BitwiseAnd", parts, constant(f"mask{bits}", np.array((1 << bits) - 1, np.uint64))
     )
-    lift, kind = _lift(codes, bits), kinds.INT8 if codes.dtype == np.int8 else kinds.UINT8
-    flat = write("Cast", lifted, to=kinds.INT32)
+    kind = kinds.INT8 if codes.dtype == np.int8 and not given.halves else kinds.UINT8
+    flat = write("Cast", lifted, to=kinds.INT64 if given.halves else kinds.INT32)
     if lift:
-        flat = write("Sub", flat, constant(f"zero{bits}", np.array(lift, np.int32)))
+        lift_type = np.int64 if given.halves else np.int32
+        flat = write("Sub", flat, constant(f"zero{lift}_{given.halves}", np.array(lift, lift_type)))
+    if given.halves:
+        pairs = write("Reshape", flat, constant("pairs", np.array([-1, 2], np.int64)))
+        placed = write("Mul", pairs, constant("halves", np.array([1, 16], np.int64)))
+        flat = write("ReduceSum", placed, constant("last", np.array([1], np.int64)), keepdims=0)
     flat = write("Cast", flat, to=kind)
+    count = math.prod(given.dims)
     if codes.size % 8:
         flat = write(
             "Slice",
             write("Reshape", flat, constant("flat", np.array([-1], np.int64))),
             constant("start", np.array([0], np.int64)),
-            constant(f"count{codes.size}", np.array([codes.size], np.int64)),
+            constant(f"count{count}", np.array([count], np.int64)),
         )
-    shape = "x".join(map(str, codes.shape))
-    write("Reshape", flat, constant(f"shape{shape}", np.array(codes.shape, np.int64)))
+    shape = "x".join(map(str, given.dims))
+    write("Reshape", flat, constant(f"shape{shape}", np.array(given.dims, np.int64)))
     made[-1].output[0] = name
     return made

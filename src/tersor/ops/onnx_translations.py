@@ -14,54 +14,6 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 import tersor.ops.dynamic
 import tersor.ops.multi_head  # noqa: F401  # both register torch.ops.tersor
 
-DIRECT = frozenset(
-    [
-        "<built-in function getitem>",
-        "<built-in function mul>",
-        *(
-            f"aten.{name}"
-            for name in (
-                "add.Tensor",
-                "avg_pool2d.default",
-                "cat.default",
-                "conv1d.default",
-                "conv2d.default",
-                "embedding.default",
-                "expand.default",
-                "flatten.using_ints",
-                "gelu.default",
-                "hardtanh.default",
-                "layer_norm.default",
-                "linear.default",
-                "max_pool2d.default",
-                "mean.dim",
-                "mul.Tensor",
-                "new_zeros.default",
-                "pad.default",
-                "permute.default",
-                "relu.default",
-                "reshape.default",
-                "scaled_dot_product_attention.default",
-                "select.int",
-                "slice.Tensor",
-                "sym_size.int",
-                "transpose.int",
-                "unbind.int",
-                "view.default",
-            )
-        ),
-        *(
-            f"quantized_decomposed.{name}"
-            for name in (
-                "dequantize_per_channel.default",
-                "dequantize_per_tensor.default",
-                "quantize_per_tensor.default",
-            )
-        ),
-    ]
-)
-"""Operators that the exporter translates as they are, without decomposing them first."""
-
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Map torch operators to functions that write them in ONNX."""

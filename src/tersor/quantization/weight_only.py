@@ -23,7 +23,8 @@ class WeightOnly:
 
     bits: Literal[8, 4, 3, 2] = 8
     """Bits of a weight. Convolutions are left in float below 8. Files for ONNX Runtime hold 3 and 2
-    bits packed, those for other runtimes in a byte each; both compute with bytes then."""
+    bits packed, those for other runtimes in a byte each. ONNX Runtime multiplies by 8 bits with
+    activations rounded to 8 bits in blocks of a row, by fewer bits with float activations."""
     group_size: int | None = None
     """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 below 8 bits
     where it divides the row, else -1. ONNX Runtime multiplies by packed weights only for powers of

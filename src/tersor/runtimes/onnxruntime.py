@@ -102,12 +102,18 @@ def check(target: Target) -> None:
 
 
 def export(net: Any, folder: Path, inputs: Inputs, target: Target | None = None) -> Sequence[Path]:
-    """Write `model.onnx`, weights of few bits packed; or `model.ort`."""
+    """Write `model.onnx`, weights of few bits packed; or `model.ort`.
+
+    For processors, layers of integer weights and float activations multiply by the integers.
+    """
     del inputs
+    from tersor.ops.onnx_nbits import multiply_codes
     from tersor.ops.onnx_packing import pack_weights
 
     target = target or Target(runtime="onnxruntime")
     check(target)
+    if target.device == "cpu" and target.options.get("format") != "vitis_ai":
+        net = multiply_codes(net)
     if target.options.get("format") == "ort":
         return _export_ort(net, folder)
     file = folder / "model.onnx"
@@ -348,7 +354,7 @@ def _session(
         options.optimized_model_filepath = str(write_to)
     # idle threads that spin would disturb whatever is measured beside this session
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # 4-bit weights: compute in fp32, not in int8 with activations quantized on the fly
+    # 4-bit weights, which the session fuses: in fp32, not with activations rounded on the fly
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if target.device != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
