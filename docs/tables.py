@@ -379,7 +379,7 @@ def deep_compression(chinese: bool) -> str:
         rows.append(
             [
                 network,
-                {"table": "8 % left", "beyond": "6 % left"}[way],
+                {"table": "8 % left", "beyond": "6 % left"}[way] + _longer(items[0]),
                 f"{before / 1e3:.0f} kB",
                 spread([i["after_bytes"] / 1e3 for i in items], "kB"),
                 times([i["after_bytes"] for i in items]),
@@ -392,6 +392,12 @@ def deep_compression(chinese: bool) -> str:
         )
     head = ["network", "weights", "fp32", "packed", "smaller", "the same in a zip", "in xz"]
     return table([*head, "error", "original's", "seeds"], rows) + f"\n`{raw['command']}`\n"
+
+
+def _longer(item: Plain) -> str:
+    """Say so where pruning took other epochs than the recipe's."""
+    epochs = item.get("gradual", {}).get("epochs", 6)
+    return "" if epochs == 6 else f", {epochs} epochs"
 
 
 def clustered_int8(chinese: bool) -> str:
