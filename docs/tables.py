@@ -435,6 +435,7 @@ def distilled(chinese: bool) -> str:
     rows = []
     for way in ("labels", "distilled"):
         items = [i for i in found.get("teacher", []) if i["way"] == way]
+        items = [i for i in items if i["settings"] == raw["settings"][way]]
         if items:
             rows.append(
                 [
@@ -462,7 +463,10 @@ def distilled(chinese: bool) -> str:
     if pooled is not None:
         seeds = ", ".join(map(str, pooled["seeds"]))
         shown = "above zero" if pooled["low"] > 0 else "not shown to be above zero"
-        text += f"\nDistilled minus labels: {interval(pooled)} points, seeds {seeds}: {shown}.\n"
+        text += (
+            f"\nDistilled minus labels, on {pooled['images']}: {interval(pooled)} points, seeds "
+            f"{seeds}: {shown}.\n"
+        )
     for item in found.get("precision", []):
         accuracy = interval(item["bf16_minus_fp32"])
         text += (
