@@ -1,9 +1,12 @@
 """What a teacher is worth: students that were taught, beside labels alone; and the trainer itself.
 
-    python benchmarks/distillation.py [--parts teacher,half,sentiment,precision,resume] [--seeds 0]
+    python benchmarks/distillation.py [--parts choice,teacher,half,sentiment,precision,resume]
 
+- `choice`: settings for the next part, each tried for one epoch with a seed of its own, and judged
+  on the half of the test split that decides.
 - `teacher`: resnet20 goes on from its weights for one epoch, on labels (`finetune`) and taught by
-  resnet56 (`distill_logits` with a teacher); same trainer, learning rate, batches and seeds.
+  resnet56 (`distill_logits` with a teacher), each with the settings that were best for it, or all
+  defaults where nothing was tried; same trainer, batches and seeds.
 - `half`: a student of resnet56 with half the channels, taught for one epoch by resnet56; one seed.
 - `sentiment`: a student of the sentiment transformer with half its blocks, taught by it; accuracy,
   and the speed of both files on ONNX Runtime, one thread, in turns.
@@ -11,15 +14,17 @@
   the accuracy both come to.
 - `resume`: resnet8, killed in the middle of a training and resumed: sha256 of its weights.
 
-Settings are the defaults of the package: nothing was chosen here, so figures are of the whole test
-split. Differences are pooled over seeds and paired over images, as in pruning_peers.py. Each row is
-stored as it is measured, so that a run can be stopped and go on. Needs the shared workloads. Writes
+Other settings are the defaults of the package: nothing was chosen, so figures are of the whole test
+split. Differences are pooled over seeds and paired over images, as in pruning_peers.py; after a
+choice over the images that decided nothing, with the whole split beside them. Each row is stored as
+it is measured, so that a run can be stopped and go on. Needs the shared workloads. Writes
 benchmarks/results/distillation.json.
 """
 
 import argparse
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import signal
@@ -43,6 +48,17 @@ from tersor.core.statistics import judge, mean_interval
 from tersor.ops.losses import labelled_loss
 
 WAYS: dict[str, Any] = {"labels": ["finetune"], "distilled": ["distill_logits"]}
+RATES = (0.005, 0.001)
+TRIED: dict[str, list[Any]] = {
+    "labels": [WAYS["labels"], *([{"finetune": {"lr": lr}}] for lr in RATES)],
+    "distilled": [
+        WAYS["distilled"],
+        *([{"distill_logits": {"lr": lr}}] for lr in RATES),
+        [{"distill_logits": {"lr": 0.005, "hard": 0.0}}],
+    ],
+}
+"""What `choice` tries; of equally good ones the first is taken."""
+CHOICE_SEED = 10
 HALF: list[Any] = [{"student": {"width": 0.5}}, "distill_logits"]
 SENTIMENT: list[Any] = [{"student": {"depth": 0.5}}, "distill_logits"]
 BATCHES = (1, 8)
@@ -66,7 +82,7 @@ def main() -> int:
         return 0
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     for part in asked.parts.split(","):
-        for key, measure in PARTS[part](seeds, asked.seconds):
+        for key, measure in PARTS[part](seeds, asked.seconds, chosen(stored(asked.out)) or WAYS):
             key = {"part": part, **key}
             if any(key.items() <= row.items() for row in stored(asked.out)):
                 continue
@@ -87,27 +103,72 @@ def store(file: Path, row: dict[str, Any]) -> None:
     result = {
         "command": "python benchmarks/distillation.py",
         "environment": environment(),
+        "settings": used(rows) or WAYS,
         "distilled_minus_labels": pooled(rows),
         "results": rows,
     }
     write(file, result)
 
 
+def chosen(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return for each way the settings that were best on the half that decides; None: not known."""
+    made = {}
+    for way, tries in TRIED.items():
+        scores = {
+            str(r["settings"]): r["deciding_half"]
+            for r in rows
+            if r["part"] == "choice" and r["way"] == way
+        }
+        if any(str(settings) not in scores for settings in tries):
+            return None
+        made[way] = max(tries, key=lambda settings: scores[str(settings)])
+    return made
+
+
+def used(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the settings that were chosen, once both ways have run with them."""
+    wanted = chosen(rows)
+    ran = [[r["way"], r["settings"]] for r in rows if r["part"] == "teacher"]
+    ready = wanted is not None and all([way, given] in ran for way, given in wanted.items())
+    return wanted if ready else None
+
+
 def pooled(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return distilled - labels in points: mean over seeds, interval over images."""
-    found = {(r["way"], r["seed"]): r for r in rows if r["part"] == "teacher"}
+    made = used(rows)
+    settings = made or WAYS
+    found = {
+        (r["way"], r["seed"]): r
+        for r in rows
+        if r["part"] == "teacher" and r["settings"] == settings[r["way"]]
+    }
     seeds = sorted({s for _, s in found if all((way, s) in found for way in WAYS)})
     if not seeds:
         return None
     each = np.array([unpacked(found["distilled", s]) - unpacked(found["labels", s]) for s in seeds])
+    whole = {**difference(each), "images": "all test images"}
+    if made is None:
+        return {**whole, "seeds": seeds}
+    others = each[:, deciding(each.shape[1])[1]]
+    images = "the half of the test images that decided nothing"
+    return {**difference(others), "images": images, "seeds": seeds, "whole": whole}
+
+
+def difference(each: np.ndarray) -> dict[str, Any]:
+    """Return the mean of differences (seeds, images) in points, and its interval over images."""
     low, high = mean_interval(each.mean(0))
     return {
         "points": 100 * float(each.mean()),
         "low": 100 * low,
         "high": 100 * high,
-        "seeds": seeds,
         "by_seed": [100 * float(x) for x in each.mean(1)],
     }
+
+
+def deciding(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a split that decide, as compress chooses them, and the others."""
+    order = np.random.default_rng(0).permutation(count)
+    return order[: count // 2], order[count // 2 :]
 
 
 def unpacked(row: Mapping[str, Any]) -> np.ndarray:
@@ -167,29 +228,56 @@ def accuracy(net: Any, batches: Any) -> float:
 # --- parts --------------------------------------------------------------------------------------
 
 
-def teacher_part(seeds: list[int], seconds: float) -> list[Job]:
+def choice_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
+    del seeds, seconds, settings
+    return [
+        (
+            {"way": way, "seed": CHOICE_SEED, "settings": settings},
+            functools.partial(tried, settings),
+        )
+        for way, each in TRIED.items()
+        for settings in each
+    ]
+
+
+def tried(settings: list[Any]) -> dict[str, Any]:
+    """Return accuracy in percent on the half that decides; nothing is told of the other."""
+    module = workload("cifar")
+    data, net = module.data(), module.resnet20()
+    made, _ = taught(net, settings, data, CHOICE_SEED, module.resnet56())
+    right, before = hits(made, data["test"]), hits(net, data["test"])
+    rows, _ = deciding(len(right))
+    return {
+        "deciding_half": 100 * float(right[rows].mean()),
+        "original": 100 * float(before[rows].mean()),
+    }
+
+
+def teacher_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
     del seconds
     return [
-        ({"way": way, "seed": seed}, lambda way=way, seed=seed: cifar_row(way, seed))
+        (
+            {"way": way, "seed": seed, "settings": settings[way]},
+            functools.partial(cifar_row, settings[way], seed),
+        )
         for seed in seeds
         for way in WAYS
     ]
 
 
-def cifar_row(way: str, seed: int) -> dict[str, Any]:
+def cifar_row(settings: list[Any], seed: int) -> dict[str, Any]:
     module = workload("cifar")
     data, net, teacher = module.data(), module.resnet20(), module.resnet56()
-    made, _ = taught(net, WAYS[way], data, seed, teacher)
+    made, _ = taught(net, settings, data, seed, teacher)
     return {
-        "settings": WAYS[way],
         **figures(hits(made, data["test"])),
         "original": accuracy(net, data["test"]),
         "teacher": accuracy(teacher, data["test"]),
     }
 
 
-def half_part(seeds: list[int], seconds: float) -> list[Job]:
-    del seeds, seconds
+def half_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
+    del seeds, seconds, settings
     return [({"way": "half the channels", "seed": 0}, half_row)]
 
 
@@ -208,8 +296,8 @@ def half_row() -> dict[str, Any]:
     }
 
 
-def sentiment_part(seeds: list[int], seconds: float) -> list[Job]:
-    del seeds
+def sentiment_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
+    del seeds, settings
     return [({"way": "half the blocks", "seed": 0}, lambda: sentiment_row(seconds))]
 
 
@@ -249,8 +337,8 @@ def sentiment_row(seconds: float) -> dict[str, Any]:
     }
 
 
-def precision_part(seeds: list[int], seconds: float) -> list[Job]:
-    del seeds, seconds
+def precision_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
+    del seeds, seconds, settings
     return [({"way": "bf16 beside fp32", "seed": 0}, precision_row)]
 
 
@@ -293,8 +381,8 @@ def trained(net: Any, batches: Any, precision: Any, epochs: float) -> None:
     )
 
 
-def resume_part(seeds: list[int], seconds: float) -> list[Job]:
-    del seeds, seconds
+def resume_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
+    del seeds, seconds, settings
     return [({"way": "killed and resumed", "seed": 0}, resume_row)]
 
 
@@ -344,7 +432,8 @@ def resume_row() -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[list[int], float], list[Job]]] = {
+PARTS: dict[str, Callable[[list[int], float, Mapping[str, Any]], list[Job]]] = {
+    "choice": choice_part,
     "teacher": teacher_part,
     "half": half_part,
     "sentiment": sentiment_part,

@@ -379,7 +379,7 @@ def deep_compression(chinese: bool) -> str:
         rows.append(
             [
                 network,
-                {"table": "8 % left", "beyond": "6 % left"}[way],
+                {"table": "8 % left", "beyond": "6 % left"}[way] + _longer(items[0]),
                 f"{before / 1e3:.0f} kB",
                 spread([i["after_bytes"] / 1e3 for i in items], "kB"),
                 times([i["after_bytes"] for i in items]),
@@ -392,6 +392,12 @@ def deep_compression(chinese: bool) -> str:
         )
     head = ["network", "weights", "fp32", "packed", "smaller", "the same in a zip", "in xz"]
     return table([*head, "error", "original's", "seeds"], rows) + f"\n`{raw['command']}`\n"
+
+
+def _longer(item: Plain) -> str:
+    """Say so where pruning took other epochs than the recipe's."""
+    epochs = item.get("gradual", {}).get("epochs", 6)
+    return "" if epochs == 6 else f", {epochs} epochs"
 
 
 def clustered_int8(chinese: bool) -> str:
@@ -429,6 +435,7 @@ def distilled(chinese: bool) -> str:
     rows = []
     for way in ("labels", "distilled"):
         items = [i for i in found.get("teacher", []) if i["way"] == way]
+        items = [i for i in items if i["settings"] == raw["settings"][way]]
         if items:
             rows.append(
                 [
@@ -456,7 +463,10 @@ def distilled(chinese: bool) -> str:
     if pooled is not None:
         seeds = ", ".join(map(str, pooled["seeds"]))
         shown = "above zero" if pooled["low"] > 0 else "not shown to be above zero"
-        text += f"\nDistilled minus labels: {interval(pooled)} points, seeds {seeds}: {shown}.\n"
+        text += (
+            f"\nDistilled minus labels, on {pooled['images']}: {interval(pooled)} points, seeds "
+            f"{seeds}: {shown}.\n"
+        )
     for item in found.get("precision", []):
         accuracy = interval(item["bf16_minus_fp32"])
         text += (
