@@ -48,7 +48,7 @@ from tersor.core.statistics import judge, mean_interval
 from tersor.ops.losses import labelled_loss
 
 WAYS: dict[str, Any] = {"labels": ["finetune"], "distilled": ["distill_logits"]}
-RATES = (0.005, 0.001)
+RATES = (0.005, 0.002, 0.001)
 TRIED: dict[str, list[Any]] = {
     "labels": [WAYS["labels"], *([{"finetune": {"lr": lr}}] for lr in RATES)],
     "distilled": [
