@@ -350,7 +350,8 @@ def decomposed(chinese: bool) -> str:
         counts = ["", ""] if facts is None else [str(len(facts["layers"])), str(len(slow))]
         # an interval this wide is of the machine's other work, not of the networks
         speed = f"{value:.2f}x [{low:.2f}, {high:.2f}]" if high < 1.1 * low else "unstable"
-        stage = [item["network"], item["stage"], item["verdict"]]
+        asked = ", ".join(f"{k}: {v}" for k, v in next(iter(item["settings"][0].values())).items())
+        stage = [item["network"], f"{item['stage']} ({asked})", item["verdict"]]
         cpu = times_faster(item.get("cpu_time"))
         rows.append([*stage, *counts, *shares, accuracy, miou, speed, cpu])
     return table(head, rows) + f"\n`{raw['command']}`\n"
