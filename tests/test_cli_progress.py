@@ -23,11 +23,11 @@ def test_ctrl_c_once_says_what_it_waits_for_and_twice_stops(
             if item < 2:
                 continue
             assert not should_stop()
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert should_stop()
             break
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     said = capfd.readouterr().err
     assert "waiting for: stage 2 of 3: static, racing: 2 of 4, about 0.0 s left" in said
