@@ -172,14 +172,18 @@ def test_a_resumed_run_follows_the_same_advice(
     target = {"runtime": "torch_eager", "device": "cpu", "options": {"threads": 1}}
     recipe = {"steps": ["fuse_batch_norm"], "target": target, "goal": {"best": "size"}}
     words += ["--best", "size"]
-    kept = {"recipe": recipe, "predicted": [[1.0, 1.5]]}
+    kept = {"recipe": recipe, "predicted": [[1.0, 1.5]], "minutes": 3.0}
     (tmp_path / "out.advice.json").write_text(json.dumps(kept))
     out = tmp_path / "out"
     (tmp_path / "bad.advice.json").write_text("{")
     code, err = failing(capsys, "compress", *words, "--recipe", "auto", "--out", str(tmp_path / "bad"), "--resume")  # fmt: skip
     assert code == 2
     assert "bad.advice.json is damaged; run again without --resume" in err
-    code, _, err = talk(capsys, "compress", *words, "--recipe", "auto", "--out", str(out), "--resume")  # fmt: skip
+    auto = ["compress", *words, "--recipe", "auto", "--out", str(out), "--resume"]
+    code, err = failing(capsys, *auto, "--minutes", "9")
+    assert code == 2
+    assert "was given for stages that train 3 minutes, not 9. Leave --minutes out" in err
+    code, _, err = talk(capsys, *auto)
     assert code == 0
     assert "trying" not in err
     (stage,) = json.loads((out / "report.json").read_text())["stages"]

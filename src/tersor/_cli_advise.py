@@ -116,7 +116,7 @@ def recipe_of(
     """Return the recipe that advise finds, with what it predicts; of a resumed run, the same again.
 
     Raises:
-        UnfitError: nothing pays. RecipeError: it was resumed with another goal or target.
+        UnfitError: nothing pays. RecipeError: it was resumed with another goal, target or minutes.
         KeyboardInterrupt: stopped; nothing is kept.
     """
     from tersor import advisor
@@ -127,7 +127,12 @@ def recipe_of(
 
     kept = kept_of(out)
     if resume and (earlier := _earlier(kept, out)) is not None:
-        recipe, predicted = earlier
+        recipe, predicted, allowed = earlier
+        if None not in (minutes, allowed) and minutes != allowed:
+            raise RecipeError(
+                f"cannot resume: the advice for {out} was given for stages that train {allowed:g} "
+                f"minutes, not {minutes:g}. Leave --minutes out, or run without --resume"
+            )
         if target != recipe.target or (goal or advisor.usual_goal(data)) != recipe.goal:
             asked = f"target {recipe.target}, goal {to_plain(recipe.goal)}"
             raise RecipeError(
@@ -136,13 +141,14 @@ def recipe_of(
             )
         return recipe, predicted
     tell("trying what may help; every step is measured")
+    minutes = advisor.MINUTES if minutes is None else minutes
     found = advisor.advise(
         model,
         data,
         target=target,
         goal=goal,
         batch=batch,
-        minutes=advisor.MINUTES if minutes is None else minutes,
+        minutes=minutes,
         fit=fit,
         teacher=teacher,
         seed=seed,
@@ -154,13 +160,15 @@ def recipe_of(
     for each in found.suggestions:
         tell(f"  {_names(each.stage)}: {_range(each.gain)} predicted; {each.why}")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    content = {"recipe": found.recipe, "predicted": found.predicted}
+    content = {"recipe": found.recipe, "predicted": found.predicted, "minutes": minutes}
     files.replace_file(kept, json.dumps(content, indent=1).encode())
     return Recipe.parse(found.recipe), found.predicted
 
 
-def _earlier(kept: Path, out: Path) -> tuple["Recipe", Sequence[tuple[float, float]]] | None:
-    """Return the advice that a run is following, or has followed to its end.
+def _earlier(
+    kept: Path, out: Path
+) -> tuple["Recipe", Sequence[tuple[float, float]], float | None] | None:
+    """Return the advice that a run is following, or has followed to its end, and its minutes.
 
     Raises:
         RecipeError: the file that it is kept in is damaged.
@@ -173,14 +181,15 @@ def _earlier(kept: Path, out: Path) -> tuple["Recipe", Sequence[tuple[float, flo
         try:
             raw = json.loads(kept.read_text(encoding="utf-8"))
             plain, predicted = raw["recipe"], [(float(a), float(b)) for a, b in raw["predicted"]]
+            minutes = float(raw["minutes"])
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"{kept} is damaged; run again without --resume") from error
-        return Recipe.parse(plain, where=kept.name), predicted
+        return Recipe.parse(plain, where=kept.name), predicted, minutes
     if not (out / "manifest.json").is_file():
         return None
     done = Artifact.open(out)
     gains = [each.predicted for each in done.report.stages]
-    return Recipe.parse(done.recipe, where=f"{out}/manifest.json"), [g for g in gains if g]
+    return Recipe.parse(done.recipe, where=f"{out}/manifest.json"), [g for g in gains if g], None
 
 
 def kept_of(out: Path) -> Path:

@@ -58,6 +58,7 @@ def read_arrays(file: Path) -> dict[str, Any]:
 
     from tersor.core.errors import DataError
     from tersor.core.hardware import probe
+    from tersor.core.sniffing import DAMAGED_ZIP
 
     where = f"--input {str(file)!r}"
     try:
@@ -75,7 +76,7 @@ def read_arrays(file: Path) -> dict[str, Any]:
             return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError as error:
         raise DataError(f"{where} does not exist") from error
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+    except DAMAGED_ZIP as error:
         raise DataError(f"{where} is not a .npz file of plain arrays: {error}") from error
 
 

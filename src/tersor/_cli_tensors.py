@@ -131,7 +131,7 @@ def _of_onnx(model: Any) -> Iterator[Constant]:
 
 def _zeros(user: Any, name: str, array: np.ndarray) -> np.ndarray:
     """Mark what stands for zero."""
-    if user is not None and user.op_type == "MatMulNBits" and list(user.input)[1] == name:
+    if user is not None and user.op_type == "MatMulNBits" and user.input[1] == name:
         found = zero_codes(user, array)
         if found is not None:
             return found

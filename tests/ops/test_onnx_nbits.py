@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tersor._cli_tensors import of_file
 from tersor.core import plugins
 from tersor.core.model import Inputs
 from tersor.core.runtime import Target
@@ -77,6 +78,20 @@ def test_eight_bits_multiply_activations_rounded_in_blocks(
     # a value at the middle between two codes may go either way: half a code, times a weight
     assert np.abs(run(model, x, tmp_path) - wanted).max() < 2e-3
     assert np.abs(wanted - x.numpy() @ weight.T - bias).max() > 2e-3
+
+
+def test_inspecting_a_file_finds_the_zeros_of_its_codes(tmp_path: Path) -> None:
+    layer = nn.Linear(96, 40)
+    with torch.no_grad():
+        layer.weight[:, ::2] = 0
+    net = grouped(layer, 8, 32, True)
+    zeros = int((net.values() == 0).sum())
+    model = multiply_codes(lowered(net, torch.randn(5, 96)))
+    file = tmp_path / "model.onnx"
+    file.write_bytes(model.SerializeToString())
+    (found,) = (c for c in of_file(file) if c.kind == "MatMulNBits" and c.dtype == "uint8")
+    assert found.count == 96 * 40
+    assert found.zeros == zeros >= 48 * 40
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

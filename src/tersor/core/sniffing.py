@@ -32,6 +32,8 @@ _OLD_PICKLE = re.compile(rb"c[\w.]+\n[\w.]+\n|\(?[dlt](p0)?\n|[\]}]q\x00|\(c[\w.
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 """Endings of files that hold pickles."""
 _PICKLES_ONLY = tuple(suffix for suffix in PICKLED if suffix != ".bin")
+DAMAGED_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError)
+"""What zipfile raises for archives that are damaged, or packed in a way that it cannot read."""
 MAX_ENTRIES = 100_000
 MAX_UNPACKED = 64 << 30
 MAX_RATIO = 100
@@ -137,7 +139,7 @@ def _of_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError):
+    except DAMAGED_ZIP:
         return "a damaged zip archive"
     if "constants.pkl" in names:
         return "a TorchScript archive (code and pickles)"
@@ -195,7 +197,7 @@ def zip_problem(file: Path | BytesIO) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
+    except DAMAGED_ZIP as error:
         return f"is a damaged zip archive: {error}"
     if len(entries) > MAX_ENTRIES:
         return f"has {len(entries)} entries, more than {MAX_ENTRIES}"

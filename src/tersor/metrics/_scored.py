@@ -1,8 +1,11 @@
 """A score as a measurement, with its interval."""
 
 from tersor.core import plugins
-from tersor.core.metric import Measurement, Subject
+from tersor.core.metric import Measurement, Subject, Task
 from tersor.core.resampling import Score, interval
+
+CLASSES: tuple[Task, ...] = ("classes", "positions", "pixels")
+"""Labels that a prediction is right or wrong about."""
 
 
 def measured(

@@ -14,13 +14,7 @@ def score(subject: Subject) -> Score:
     return mean_of(shares, single=subject.labels.ndim == 1, percent=True)
 
 
-@metric(
-    unit="%",
-    better="higher",
-    needs=("outputs", "labels"),
-    score=score,
-    tasks=("classes", "positions", "pixels"),
-)
+@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score, tasks=_scored.CLASSES)
 def accuracy(subject: Subject) -> Measurement:
     """Compare the highest output with the label: of samples, positions or pixels.
 

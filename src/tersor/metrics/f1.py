@@ -20,13 +20,7 @@ def score(subject: Subject) -> Score:
     return Score(count=len(subject.labels), of=of, bounds=(0, 100))
 
 
-@metric(
-    unit="%",
-    better="higher",
-    needs=("outputs", "labels"),
-    score=score,
-    tasks=("classes", "positions", "pixels"),
-)
+@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score, tasks=_scored.CLASSES)
 def f1(subject: Subject) -> Measurement:
     """Average 2 * right / (answered + true) over the classes that were answered or are true.
 

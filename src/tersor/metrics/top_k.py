@@ -16,13 +16,7 @@ def score(subject: Subject) -> Score:
     return mean_of(shares, single=subject.labels.ndim == 1, percent=True)
 
 
-@metric(
-    unit="%",
-    better="higher",
-    needs=("outputs", "labels"),
-    score=score,
-    tasks=("classes", "positions", "pixels"),
-)
+@metric(unit="%", better="higher", needs=("outputs", "labels"), score=score, tasks=_scored.CLASSES)
 def top_k(subject: Subject) -> Measurement:
     """Count labels among the five highest outputs; with five classes or fewer, all but the lowest.
 
