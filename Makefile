@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(BIN)/tersor demo --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m 'not gpu and not network'

@@ -123,7 +123,11 @@ def _metrics() -> str:
 
 
 def _runtimes() -> str:
-    parts = ["# Runtimes", NOTE, "Where a network runs: `--target RUNTIME[:DEVICE]`."]
+    parts = [
+        "# Runtimes",
+        NOTE,
+        "Where a network runs: `--target RUNTIME[:DEVICE][,OPTION=VALUE...]`.",
+    ]
     for row in entries("runtimes"):
         found = about("runtimes", row["name"])
         facts = [

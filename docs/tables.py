@@ -1030,11 +1030,23 @@ def sums() -> str:
             str(row["operators"]),
             f"{row['latency_ms']:.3f} ms",
             f"{row['operators_ms']:.3f} ms",
+            f"{between:.3f} ms" if (between := row["between_ms"]) else "",
             f"{row['ratio']:.2f}",
+            f"{free:.3f} ms" if (free := row["free_shapes_ms"]) else "",
         ]
         for row in raw["sums"]
     ]
-    return table(["network", "runtime", "operators", "latency", "their sum", "ratio"], rows)
+    head = [
+        "network",
+        "runtime",
+        "operators",
+        "latency",
+        "their sum",
+        "between them",
+        "ratio",
+        "fixed saves",
+    ]
+    return table(head, rows)
 
 
 def loadgen(chinese: bool) -> str:

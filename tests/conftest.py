@@ -71,3 +71,11 @@ def seeded() -> None:
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Say how a process of pytest-xdist ended that nobody asked to end."""
+    if error:
+        code = node.gateway._io.popen.wait(timeout=10)
+        print(f"\n{node.gateway.id} ended with {code}", flush=True)

@@ -90,7 +90,7 @@ def test_completion_knows_recipes_and_metrics() -> None:
         (["compress", "x.py:f", "--data", "digits", "--recipe", "demo", "--limit", "accuracy=1pt"], "--limit: limit on accuracy: '1pt': points are a loss allowed; write -1pt"),
         (["compress", "x.py:f", "--data", "digits", "--recipe", "demo", "--best", "latncy"], "--best: unknown metric 'latncy'. Did you mean 'latency'?"),
         (["compress", "x.py:f", "--data", "digits", "--recipe", "demo", "--target", "onnxrt"], "unknown runtime 'onnxrt'. Did you mean 'onnxruntime'?"),
-        (["compress", "x.py:f", "--data", "digits", "--recipe", "demo", "--target", "onnxruntime:"], "--target: target must be RUNTIME or RUNTIME:DEVICE, got 'onnxruntime:'"),
+        (["compress", "x.py:f", "--data", "digits", "--recipe", "demo", "--target", "onnxruntime:"], "--target: target must be RUNTIME or RUNTIME:DEVICE, and may go on with ,OPTION=VALUE; got 'onnxruntime:'"),
         (["compress", "x.py:f", "--data", "digits", "--recipe", "demo", "--target", "openvino:tpu"], "runtime 'openvino' has no device 'tpu'"),
         (["compress", "x.py:f", "--data", "digits", "--recipe", "nothing.yaml"], "recipe file 'nothing.yaml' does not exist"),
         (["compress", "x.py:f", "--data", "digits", "--again", "nowhere"], "artifact 'nowhere' does not exist"),

@@ -1,6 +1,7 @@
 """profile(): times by operator, joined with their work, and what is said of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ pytest.importorskip("onnxruntime")
 from tersor.core.errors import ModelError, TargetError
 from tersor.core.runtime import Target
 from tersor.ops.ceilings import Ceilings
-from tersor.roofline import Layer, Profile, _bottlenecks, amdahl, profile
+from tersor.roofline import Layer, Profile, _agreement, _bottlenecks, _shapes, amdahl, profile
 from tests.command import failing, talk
 from tests.runners import linear_onnx
 
@@ -100,6 +101,31 @@ def test_a_network_is_profiled(runtime: str, roofs, tmp_path: Path):
     assert found.operators_ms == pytest.approx(sum(each.ms for each in found.layers))
     assert found.latency_ms > 0
     assert "the operators' times add up to" in found.words[-1]
+
+
+def test_what_free_shapes_cost_is_measured_and_told(roofs, tmp_path: Path):
+    pytest.importorskip("openvino")
+    file = linear_onnx(tmp_path / "linear.onnx")
+    feeds = [{"x": np.zeros((1, 6), np.float32)}]
+
+    def on(**options) -> Profile:
+        return profile(file, Target(runtime="openvino", options={"threads": 1, **options}), feeds)
+
+    found = on()
+    assert 0 <= found.between_ms <= found.free_shapes_ms < found.latency_ms
+    assert on(shapes="fixed").free_shapes_ms == 0
+    assert on(streams=2, hint="throughput").free_shapes_ms == 0
+    free = of(layer("3x3 convolutions", 1.0), operators_ms=8.0, free_shapes_ms=2.0, between_ms=2.0)
+    assert free.agrees
+    assert _shapes(free) == [
+        "20% of the latency is spent because shapes may change from run to run; where they do "
+        "not, `shapes: fixed` among the target's options can buy 1.25x"
+    ]
+    assert _agreement(free) == (
+        "the operators' times add up to 100% of the latency, with what free shapes cost between them"
+    )
+    assert not replace(free, between_ms=0.0).agrees
+    assert _shapes(replace(free, free_shapes_ms=0.1)) == []
 
 
 def test_weights_may_lie_beside_the_file(roofs, tmp_path: Path):

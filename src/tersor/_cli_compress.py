@@ -217,7 +217,8 @@ def _recipe(
     if asked is None:
         return made
     same = asked.runtime == made.target.runtime
-    return replace(made, target=replace(asked, options=made.target.options if same else {}))
+    options = {**made.target.options, **asked.options} if same else asked.options
+    return replace(made, target=replace(asked, options=options))
 
 
 def _earlier(folder: Path) -> dict[str, Any]:

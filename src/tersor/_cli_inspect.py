@@ -109,7 +109,7 @@ def _about(artifact: "Artifact", verified: bool) -> str:
         for number, stage in enumerate(about["stages"], 1)
     ]
     rows = [
-        ("target", str(artifact.target)),
+        ("target", artifact.target.text),
         ("from", str(about.get("origin", ""))),
         ("inputs", inputs),
         ("made by", f"{about['tool']['name']} {about['tool']['version']}"),

@@ -52,6 +52,7 @@ def argument(metavar: str, help: str, **more: Any) -> Any:
 DATA = "digits, arrays:FILE.npz, images:FOLDER or FILE.py:FUNCTION"
 SUBJECT = "a network, or a folder that compress made"
 THREADS = "of the target; 0: all usable cores"
+TARGET = "such as onnxruntime:cpu or openvino,streams=2"
 BATCH = "samples in a timed batch"
 
 Model = Annotated[str, argument("MODEL", "FILE.py:FACTORY, MODULE:FACTORY, x.onnx or x.pt2")]
@@ -59,7 +60,7 @@ Subject = Annotated[str, argument("MODEL|ARTIFACT", SUBJECT)]
 Data = Annotated[str | None, option("--data", "DATA", DATA)]
 Target = Annotated[
     str | None,
-    option("--target", "RUNTIME[:DEVICE]", "such as onnxruntime:cpu", complete="runtimes"),
+    option("--target", "TARGET", TARGET, complete="runtimes"),
 ]
 Threads = Annotated[int | None, option("--threads", "N", THREADS, min=0)]
 Batch = Annotated[int, option("--batch", "N", BATCH, min=1, show_default=True)]

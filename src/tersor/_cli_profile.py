@@ -153,9 +153,12 @@ def _notes(found: "Profile") -> list[str]:
 
     roofs = found.ceilings
     peaks = ", ".join(f"{k} {v:.0f} GFLOP/s ({roofs.by[k]})" for k, v in roofs.gflops.items())
+    free_ms = found.free_shapes_ms
+    free = f", of which fixed shapes would save {human(free_ms, 'ms')}" if free_ms else ""
     held = "they fit the last cache" if found.cached else "they do not fit the last cache"
     return [
-        f"latency {human(found.latency_ms, 'ms')}, operators {human(found.operators_ms, 'ms')}: "
+        f"latency {human(found.latency_ms, 'ms')}{free}, operators "
+        f"{human(found.operators_ms, 'ms')}: "
         f"{found.target}, batch {found.batch}, threads {found.threads}.",
         f"Measured roofs of this machine: {peaks}; memory {roofs.memory_gb_s:.1f} GB/s, second "
         f"cache {roofs.cache_gb_s:.1f} GB/s. Bytes are those that cannot be avoided: weights, and "

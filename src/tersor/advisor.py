@@ -141,7 +141,7 @@ def advise(
     found = work.suggestions()
     return Advice(
         subject=model.origin,
-        target=str(chosen),
+        target=chosen.text,
         goal=wanted,
         batch=batch,
         threads=chosen.threads,

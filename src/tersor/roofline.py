@@ -5,7 +5,8 @@ Source:
     architectures", CACM 2009. What a change can buy at most follows from Amdahl's law.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,8 @@ LOW = 0.25
 """Below this share of its roof neither arithmetic nor bandwidth holds a layer back."""
 SHORT_MS = 0.1
 """Below this mean length of operators, the cost of timing them shows."""
+FREE = 0.02
+"""Share of the latency from which what free shapes cost is spoken of."""
 CUT = 0.25
 """Share of channels whose pruning is spoken of."""
 _ROUND_S = 0.25
@@ -81,6 +84,11 @@ class Profile:
     """Of a run without profiler: median, in the quietest turn."""
     operators_ms: float
     """Sum of the operators' times."""
+    free_shapes_ms: float = 0.0
+    """Of a run: what it costs that shapes may change, by runs with fixed ones beside; 0 where the
+    runtime has no such choice, or the target fixes them."""
+    between_ms: float = 0.0
+    """The part of it that is in no operator."""
     cached: bool
     """Whether weights and activations fit the last cache, whose bandwidth is then the roof."""
     layers: tuple[Layer, ...]
@@ -93,8 +101,13 @@ class Profile:
 
     @property
     def agrees(self) -> bool:
-        """Whether the operators' times add up to the latency, within 10 %."""
-        return abs(self.operators_ms / self.latency_ms - 1) <= AGREE
+        """Whether operators, and what free shapes cost between them, are 10 % off at most."""
+        return abs(self.accounted - 1) <= AGREE
+
+    @property
+    def accounted(self) -> float:
+        """Share of the latency that they add up to."""
+        return (self.operators_ms + self.between_ms) / self.latency_ms
 
     def _repr_html_(self) -> str:
         from tersor.core.notebook import shown
@@ -149,7 +162,7 @@ def profile(
     threads = target.threads or usable_cores()
     warnings = preflight(probe())
     counter = Counter(onnx.load(file), inputs[0])
-    latency_ms, times = _times(file, target, inputs, display)
+    latency_ms, times, free_shapes_ms, between_ms = _times(file, target, inputs, display)
     covers = covered(times, runtime.fused(file, target), counter.nodes)
     roofs = ceilings(threads, fresh=fresh)
     others = [name for each in covers.values() for name in each]
@@ -164,11 +177,13 @@ def profile(
     )
     made = Profile(
         subject=subject or str(file),
-        target=str(target),
+        target=target.text,
         batch=batch,
         threads=threads,
         latency_ms=latency_ms,
         operators_ms=total_ms,
+        free_shapes_ms=free_shapes_ms,
+        between_ms=between_ms,
         cached=cached,
         layers=layers,
         ceilings=roofs,
@@ -176,7 +191,9 @@ def profile(
         warnings=warnings,
         environment=environment(),
     )
-    return replace(made, words=(*_busy(made), *_bottlenecks(made), _agreement(made)))
+    return replace(
+        made, words=(*_busy(made), *_bottlenecks(made), *_shapes(made), _agreement(made))
+    )
 
 
 def _able(name: str) -> bool:
@@ -186,25 +203,51 @@ def _able(name: str) -> bool:
 
 def _times(
     file: Path, target: Target, inputs: Sequence[Arrays], display: Track
-) -> tuple[float, list[OperatorTime]]:
-    """Take turns of plain and of profiled runs; return the quietest turn of each."""
+) -> tuple[float, list[OperatorTime], float, float]:
+    """Take turns of plain and profiled runs, with fixed shapes too; the quietest of each counts.
+
+    Returns:
+        The latency, the operators' times, what free shapes cost, and that between operators.
+    """
     runtime = plugins.runtime(target.runtime)
     assert runtime.profile is not None
-    runner = runtime.load(file, target)
-    plain_ms: list[float] = []
-    rounds: list[Sequence[OperatorTime]] = []
-    try:
-        calls = [runner.bind(arrays) for arrays in inputs]
-        warm = closed(calls, seconds=0.3, fewest=3)
+    targets = {"free": target}
+    with ExitStack() as stack:
+        calls = {"free": _calls(file, target, inputs, stack)}
+        if "shapes" in runtime.options and target.options.get("shapes") != "fixed":
+            fixed = replace(target, options={**target.options, "shapes": "fixed"})
+            with suppress(TargetError):  # of this network, or beside other options
+                calls["fixed"] = _calls(file, fixed, inputs, stack)
+                targets["fixed"] = fixed
+        plain_ms: dict[str, list[float]] = {kind: [] for kind in targets}
+        rounds: dict[str, list[Sequence[OperatorTime]]] = {kind: [] for kind in targets}
+        warm = closed(calls["free"], seconds=0.3, fewest=3)
         count = max(3, min(_MOST_RUNS, int(1000 * _ROUND_S / np.median(warm.service_ms))))
         repeated = [inputs[i % len(inputs)] for i in range(count)]
         for _ in display(range(ROUNDS), "profiling", ROUNDS):
-            runs = closed(calls, seconds=_ROUND_S, fewest=3)
-            plain_ms.append(float(np.median(runs.service_ms)))
-            rounds.append(runtime.profile(file, target, repeated))
-    finally:
-        runner.close()
-    return min(plain_ms), list(min(rounds, key=lambda times: sum(each.ms for each in times)))
+            for kind, on in targets.items():
+                runs = closed(calls[kind], seconds=_ROUND_S, fewest=3)
+                plain_ms[kind].append(float(np.median(runs.service_ms)))
+                rounds[kind].append(runtime.profile(file, on, repeated))
+    latency_ms = {kind: min(each) for kind, each in plain_ms.items()}
+    times = {kind: min(each, key=_sum_ms) for kind, each in rounds.items()}
+    if "fixed" not in targets:
+        return latency_ms["free"], list(times["free"]), 0.0, 0.0
+    cost_ms = max(0.0, latency_ms["free"] - latency_ms["fixed"])
+    inside_ms = max(0.0, _sum_ms(times["free"]) - _sum_ms(times["fixed"]))
+    return latency_ms["free"], list(times["free"]), cost_ms, max(0.0, cost_ms - inside_ms)
+
+
+def _sum_ms(times: Sequence[OperatorTime]) -> float:
+    return sum(each.ms for each in times)
+
+
+def _calls(
+    file: Path, target: Target, inputs: Sequence[Arrays], stack: ExitStack
+) -> list[Callable[[], Arrays]]:
+    runner = plugins.runtime(target.runtime).load(file, target)
+    stack.callback(runner.close)
+    return [runner.bind(arrays) for arrays in inputs]
 
 
 def _layer(
@@ -325,10 +368,21 @@ def _compute(found: Profile, main: Layer, share: float) -> str:
     return f"{text}; 8-bit integers, {ratio:.2f}x as fast here, at most {amdahl(share, ratio):.2f}x"
 
 
+def _shapes(found: Profile) -> list[str]:
+    share = found.free_shapes_ms / found.latency_ms
+    if share < FREE:
+        return []
+    return [
+        f"{share:.0%} of the latency is spent because shapes may change from run to run; where "
+        f"they do not, `shapes: fixed` among the target's options can buy {1 / (1 - share):.2f}x"
+    ]
+
+
 def _agreement(found: Profile) -> str:
     """Say whether the parts add up to the whole."""
-    part = found.operators_ms / found.latency_ms
-    sums = f"the operators' times add up to {part:.0%} of the latency"
+    part = found.accounted
+    also = ", with what free shapes cost between them" if found.between_ms else ""
+    sums = f"the operators' times add up to {part:.0%} of the latency{also}"
     if any(layer.of_roof > 1 for layer in found.layers):
         sums = (
             "more than 100% of a roof: that was measured while the machine was busy, the kernel "

@@ -405,7 +405,7 @@ class Run:
                 self.recipe.goal, first.measurements, last.measurements, intervals, strict
             )
         return Report(
-            target=str(after.candidate.target),
+            target=after.candidate.target.text,
             recipe=self.recipe.plain(),
             before=tuple(first.measurements.values()),
             after=tuple(last.measurements.values()),

@@ -41,7 +41,7 @@ class Place:
             ArtifactError: altered. DependencyError: the runtime is missing. TargetError: refused.
         """
         if self.artifact is not None:
-            return self.artifact.load(device=self.target.device, threads=self.target.threads)
+            return self.artifact.load(device=self.target.device, options=self.target.options)
         runtime = plugins.runtime(self.target.runtime)
         plugins.check_device(self.target)
         plugins.require("runtimes", self.target.runtime, runtime.to_run)
@@ -89,7 +89,9 @@ def place(
             f"{str(subject.path)!r} was made for {subject.target}, not for {target}; "
             f"leave the target out, or compress again with --target {target}"
         )
-    chosen = subject.target if target is None else replace(subject.target, device=target.device)
+    chosen = subject.target
+    if target is not None:
+        chosen = replace(target, options={**chosen.options, **target.options})
     raw = subject.manifest.get("inputs", {})
     return Place(
         name=str(subject.path),

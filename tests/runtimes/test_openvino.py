@@ -57,6 +57,38 @@ def test_a_fixed_batch_is_not_cut(tmp_path: Path) -> None:
     np.testing.assert_allclose(runner.bind({"x": X})()["y"], wanted(), rtol=1e-5)
 
 
+def test_fixed_shapes_are_compiled_for_each_that_is_met(tmp_path: Path) -> None:
+    runner: Any = runtime.load(exported(tmp_path), target(shapes="fixed"))
+    for _ in range(2):
+        for size in (7, 1):
+            made = runner.bind({"x": X[:size]})()["y"]
+            np.testing.assert_allclose(made, wanted()[:size], rtol=1e-5)
+    assert runner.kept.cache_info().misses == 2
+    shape = runner.compiled_for({"x": X[:1]}).input(0).get_partial_shape()
+    assert shape.is_static
+    assert tuple(shape.to_shape()) == (1, 6)
+    runner.close()
+
+
+def test_fixed_shapes_outlive_the_file(tmp_path: Path) -> None:
+    file = exported(tmp_path)
+    runner = runtime.load(file, target(shapes="fixed"))
+    for each in tmp_path.iterdir():
+        each.unlink()
+    np.testing.assert_allclose(runner.bind({"x": X})()["y"], wanted(), rtol=1e-5)
+
+
+def test_shapes_that_the_network_cannot_have(tmp_path: Path) -> None:
+    runner = runtime.load(exported(tmp_path), target(shapes="fixed"))
+    with pytest.raises(TargetError, match=r"^OpenVINO cannot fix the shapes of this network: .*"):
+        runner.bind({"x": X[:, :5].copy()})
+
+
+def test_operators_of_fixed_shapes_are_timed(tmp_path: Path) -> None:
+    times = runtime.profile(exported(tmp_path), target(shapes="fixed"), [{"x": X}, {"x": X[:2]}])
+    assert "FullyConnected" in {each.kind for each in times}
+
+
 def test_a_bound_call_keeps_its_inputs(tmp_path: Path) -> None:
     runner, x = runtime.load(exported(tmp_path), target()), X.copy()
     call = runner.bind({"x": x})
@@ -79,6 +111,15 @@ def test_sparse_weights_are_asked_for_where_they_help() -> None:
             {"hint": "latncy"},
             r"^openvino has no hint 'latncy'; use one of latency, throughput\. Did you mean "
             r"'latency'\?$",
+        ),
+        (
+            {"shapes": "fix"},
+            r"^openvino has no shapes 'fix'; use one of free, fixed\. Did you mean",
+        ),
+        ({"shapes": "fixed", "streams": 2}, r"^shapes: fixed runs a batch whole, as one request;"),
+        (
+            {"shapes": "fixed", "hint": "throughput"},
+            r"^shapes: fixed runs a batch whole, as one request; leave out streams and hint, or",
         ),
         ({"precision": "int8"}, r"^openvino has no precision 'int8'; use one of fp32, bf16, fp16"),
         ({"streams": 0}, r"^streams must be a whole number from 1; got 0$"),

@@ -113,12 +113,18 @@ class Artifact:
                     "manifest's); run the compression again or restore the file"
                 )
 
-    def load(self, device: str | None = None, threads: int | None = None) -> Runner:
+    def load(
+        self,
+        device: str | None = None,
+        threads: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Runner:
         """Load the network; its files are hashed first.
 
         Args:
             device: Another device of the runtime.
             threads: Another number of threads; 0 means all usable cores.
+            options: Of the runtime, instead of those it was made for.
 
         Raises:
             ArtifactError: a file was altered, or is compiled code that the user does not trust.
@@ -132,11 +138,11 @@ class Artifact:
                 "not made by you: loading it runs whatever it says. If you trust who made it: "
                 f"tersor inspect {self.path} --trust"
             )
-        target = self.target
-        if device is not None:
-            target = replace(target, device=device)
+        own = self.target
+        told = {**own.options, **(options or {})}
         if threads is not None:
-            target = replace(target, options={**target.options, "threads": threads})
+            told["threads"] = threads
+        target = replace(own, device=device or own.device, options=told)
         runtime = plugins.runtime(target.runtime)
         plugins.check_device(target)
         plugins.require("runtimes", target.runtime, runtime.to_run)

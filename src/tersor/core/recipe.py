@@ -59,7 +59,7 @@ class Recipe:
         file = find(path)
         raw, places = read_yaml(file)
         if target is not None and isinstance(raw, Mapping):
-            raw = {"target": str(target), **raw}
+            raw = {"target": _plain_target(target), **raw}
         return _build(raw, file.name, places)
 
     @staticmethod
@@ -73,19 +73,12 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as plain data, which `parse` reads back to an equal recipe."""
-        target: Any = str(self.target)
-        if self.target.options:
-            target = {
-                "runtime": self.target.runtime,
-                "device": self.target.device,
-                "options": dict(self.target.options),
-            }
         plain: dict[str, Any] = {
             "steps": [
                 plain_step(stage[0]) if len(stage) == 1 else [plain_step(c) for c in stage]
                 for stage in self.stages
             ],
-            "target": target,
+            "target": _plain_target(self.target),
         }
         if self.goal is not None:
             plain["goal"] = {"best": self.goal.best, "limits": dict(self.goal.limits)}
@@ -266,8 +259,15 @@ def _target(raw: Any, mistakes: Mistakes) -> Target | None:
     return target
 
 
+def _plain_target(target: Target) -> Any:
+    if not target.options:
+        return str(target)
+    options = dict(target.options)
+    return {"runtime": target.runtime, "device": target.device, "options": options}
+
+
 def read_target(text: str | None) -> Target | None:
-    """Read and check RUNTIME[:DEVICE], as the command line takes it.
+    """Read and check RUNTIME[:DEVICE][,OPTION=VALUE...], as the command line takes it.
 
     Raises:
         RecipeError: it has another form, or does not exist.
@@ -278,7 +278,7 @@ def read_target(text: str | None) -> Target | None:
         made = Target.parse(text)
     except ValueError as error:
         raise RecipeError(f"--target: {error}") from error
-    if ":" not in text and made.runtime in plugins.names("runtimes"):
+    if ":" not in text.split(",")[0] and made.runtime in plugins.names("runtimes"):
         devices = plugins.own_runtime(made.runtime).devices
         made = made if made.device in devices else replace(made, device=devices[0])
     check_target(made)

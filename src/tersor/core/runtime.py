@@ -4,6 +4,7 @@ A runtime is one file with an `export`, a `load` and, as its last line, a `RUNTI
 are imported inside those functions: exporting and running happen on different machines.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ FORMS: tuple[Form, ...] = ("module", "exported", "onnx")
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What we compress for; written "onnxruntime:cpu"."""
+    """What we compress for; written "onnxruntime:cpu", or with options "openvino,shapes=fixed"."""
 
     runtime: str
     """Name of a file in `runtimes/`."""
@@ -34,19 +35,45 @@ class Target:
 
     @staticmethod
     def parse(text: str) -> "Target":
-        """Read "RUNTIME" or "RUNTIME:DEVICE"."""
-        runtime, _, device = text.partition(":")
-        if not runtime or (":" in text and not device):
-            raise ValueError(f"target must be RUNTIME or RUNTIME:DEVICE, got {text!r}")
-        return Target(runtime=runtime, device=device or "cpu")
+        """Read "RUNTIME[:DEVICE][,OPTION=VALUE...]".
+
+        Raises:
+            ValueError: it has another form.
+        """
+        place, *pairs = text.split(",")
+        runtime, _, device = place.partition(":")
+        parts = [pair.partition("=") for pair in pairs]
+        if not runtime or (":" in place and not device) or not all(n and v for n, _, v in parts):
+            raise ValueError(
+                f"target must be RUNTIME or RUNTIME:DEVICE, and may go on with ,OPTION=VALUE; got "
+                f"{text!r}"
+            )
+        options = {name: _value(value) for name, _, value in parts}
+        return Target(runtime=runtime, device=device or "cpu", options=options)
 
     @property
     def threads(self) -> int:
         """Threads of one run; 0 means all usable cores."""
         return int(self.options.get("threads", 0))
 
+    @property
+    def text(self) -> str:
+        """As it is written with its options, but for the threads, which are told apart."""
+        own = {k: v for k, v in self.options.items() if k != "threads"}
+        words = (f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in own.items())
+        return ",".join([str(self), *words])
+
     def __str__(self) -> str:
         return f"{self.runtime}:{self.device}"
+
+
+def _value(text: str) -> Any:
+    """Read a number, true or false, or else take the word as it is."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, (bool, int, float)) else text
 
 
 class Runner(Protocol):

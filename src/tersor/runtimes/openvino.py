@@ -2,13 +2,17 @@
 
 Options: `precision` (fp32, bf16, fp16); `hint` (`latency`, the default, or `throughput`: a batch is
 shared among requests that run at once, each with threads of its own); `streams` (how many, by
-default one, or for throughput as many as OpenVINO thinks best); `sparse_rate` (0 to 1: matrices of
-int8 weights with at least that share of zeros stay packed in memory, which OpenVINO does only on
-processors with AMX, for channels that are multiples of 64; not verified on hardware).
+default one, or for throughput as many as OpenVINO thinks best); `shapes` (`free`, the default, or
+`fixed`: compiled once for each shape of inputs that is met, which saves what free sizes cost in
+every run, and takes the time and the memory of a compilation for each shape); `sparse_rate` (0 to
+1: matrices of int8 weights with at least that share of zeros stay packed in memory, which OpenVINO
+does only on processors with AMX, for channels that are multiples of 64; not verified on hardware).
 """
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,9 @@ from tersor.core.timing import middle_mean
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _HINTS = ("latency", "throughput")
+_SHAPES = ("free", "fixed")
+_KEPT = 8
+"""Compilations for fixed shapes that are kept, the last used ones."""
 _DROPPED_MS = 0.0005
 """Of a time in whole microseconds, on average."""
 
@@ -46,9 +53,11 @@ def settings(target: Target, flags: Collection[str]) -> dict[str, Any]:
     """
     options = target.options
     precision, hint = options.get("precision", "fp32"), options.get("hint", "latency")
+    shapes = options.get("shapes", "free")
     for name, given, known in (
         ("precision", precision, tuple(_PRECISIONS)),
         ("hint", hint, _HINTS),
+        ("shapes", shapes, _SHAPES),
     ):
         if given not in known:
             raise TargetError(
@@ -67,6 +76,11 @@ def settings(target: Target, flags: Collection[str]) -> dict[str, Any]:
         if not isinstance(streams, int) or isinstance(streams, bool) or streams < 1:
             raise TargetError(f"streams must be a whole number from 1; got {streams!r}")
         made["NUM_STREAMS"] = streams
+    if shapes == "fixed" and made.get("NUM_STREAMS") != 1:
+        raise TargetError(
+            "shapes: fixed runs a batch whole, as one request; leave out streams and hint, or "
+            "leave the shapes free"
+        )
     rate = options.get("sparse_rate")
     if rate is not None:
         if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate <= 1:
@@ -99,7 +113,7 @@ def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
 
 def load(path: Path, target: Target) -> Runner:
     """Compile, in fp32 unless a step chose another precision."""
-    return _Runner(_compiled(path, target))
+    return _Runner(path, target)
 
 
 def inputs(path: Path) -> Mapping[str, Signature]:
@@ -128,12 +142,17 @@ def inputs(path: Path) -> Mapping[str, Signature]:
 
 def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[OperatorTime]:
     """Run the batches with OpenVINO's counters on, which drop what is below a microsecond."""
-    runner = _Runner(_compiled(path, target, counting=True))
+    runner = _Runner(path, target, counting=True)
     taken: dict[str, list[float]] = {}
     kinds: dict[str, str] = {}
-    request = runner.compiled.create_infer_request()
+    compiled: Any = None
+    request: Any = None
     for batch in batches:
-        request.infer({name: np.ascontiguousarray(batch[name]) for name in runner.names})
+        arrays = {name: np.ascontiguousarray(batch[name]) for name in runner.names}
+        found = runner.compiled_for(arrays)
+        if found is not compiled:
+            compiled, request = found, found.create_infer_request()
+        request.infer(arrays)
         for info in request.profiling_info:
             if info.status == info.Status.EXECUTED:
                 ms = info.real_time.total_seconds() * 1e3 + _DROPPED_MS
@@ -159,7 +178,8 @@ def fused(path: Path, target: Target) -> Sequence[RanOperator]:
     return found
 
 
-def _compiled(path: Path, target: Target, counting: bool = False) -> Any:
+def _compiled(network: Any, target: Target, counting: bool = False) -> Any:
+    """Compile a file, or a network that was read."""
     import openvino
 
     told = settings(target, probe().flags) | {"PERF_COUNT": counting}
@@ -171,32 +191,66 @@ def _compiled(path: Path, target: Target, counting: bool = False) -> Any:
             raise TargetError(
                 f"this processor does not compute in {precision}; OpenVINO has: {', '.join(able)}"
             )
+    with _loading(network):
+        return core.compile_model(network, "CPU", told)
+
+
+@contextmanager
+def _loading(network: Any) -> Iterator[None]:
     try:
-        return core.compile_model(str(path), "CPU", told)
+        yield
     except Exception as error:
-        raise TargetError(f"OpenVINO cannot load {path.name}: {last_line(error)}") from error
+        name = network.name if isinstance(network, Path) else "the network"
+        raise TargetError(f"OpenVINO cannot load {name}: {last_line(error)}") from error
 
 
 class _Runner:
-    """A compiled model; each binding has requests of its own, as many as run at once."""
+    """A network; each binding has requests of its own, as many as run at once."""
 
-    def __init__(self, compiled: Any) -> None:
-        self.compiled = compiled
-        self.names = [port.get_any_name() for port in compiled.inputs]
-        self.outputs = [port.get_any_name() for port in compiled.outputs]
-        ports = [*compiled.inputs, *compiled.outputs]
-        free = all(_has_free_batch(port.partial_shape) for port in ports)
-        self.most = int(compiled.get_property("NUM_STREAMS")) if free else 1
+    def __init__(self, path: Path, target: Target, counting: bool = False) -> None:
+        import openvino
+
+        settings(target, probe().flags)
+        self.fixed = target.options.get("shapes") == "fixed"
+        with _loading(path):
+            self.network: Any = openvino.Core().read_model(path) if self.fixed else path
+        self.target, self.counting = target, counting
+        self.kept = lru_cache(_KEPT)(self._compile)
+        first: Any = self.network if self.fixed else self.kept(())
+        self.names = [port.get_any_name() for port in first.inputs]
+        self.outputs = [port.get_any_name() for port in first.outputs]
+        ports = [*first.inputs, *first.outputs]
+        free = not self.fixed and all(_has_free_batch(port.partial_shape) for port in ports)
+        self.most = int(first.get_property("NUM_STREAMS")) if free else 1
+
+    def compiled_for(self, inputs: Arrays) -> Any:
+        """Return the network compiled for these shapes, or for all where they are free."""
+        shapes = tuple(inputs[name].shape for name in self.names) if self.fixed else ()
+        return self.kept(shapes)
+
+    def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        network: Any = self.network
+        if shapes:
+            network = network.clone()
+            try:
+                network.reshape(dict(zip(self.names, shapes, strict=True)))
+            except Exception as error:
+                raise TargetError(
+                    f"OpenVINO cannot fix the shapes of this network: {last_line(error)}; leave "
+                    "them free"
+                ) from error
+        return _compiled(network, self.target, self.counting)
 
     def bind(self, inputs: Arrays) -> Callable[[], Arrays]:
         import openvino
 
         kept = {name: np.array(inputs[name], order="C") for name in self.names}
+        compiled = self.compiled_for(kept)
         count = min(len(array) for array in kept.values()) if self.most > 1 else 1
         cuts = np.array_split(np.arange(count), min(self.most, count))
         requests = []
         for cut in cuts:
-            request = self.compiled.create_infer_request()
+            request = compiled.create_infer_request()
             for name, array in kept.items():
                 part = array if len(cuts) == 1 else array[cut[0] : cut[-1] + 1]
                 request.set_tensor(name, openvino.Tensor(part, shared_memory=True))
@@ -220,7 +274,7 @@ class _Runner:
         return call
 
     def close(self) -> None:
-        del self.compiled
+        self.kept.cache_clear()
 
 
 def _has_free_batch(shape: Any) -> bool:
@@ -236,7 +290,7 @@ RUNTIME = Runtime(
     fused=fused,
     inputs=inputs,
     suffixes=(".xml",),
-    options=("threads", "precision", "hint", "streams", "sparse_rate"),
+    options=("threads", "precision", "hint", "streams", "shapes", "sparse_rate"),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("openvino", "onnx", "onnxscript"),
     to_run=("openvino",),
