@@ -1,5 +1,6 @@
 """What the contestants of quantization_peers.py do, each in a process of its own.
 
+    python benchmarks/_peers.py learn CONTESTANT FOLDER
     python benchmarks/_peers.py quantize CONTESTANT FOLDER
     python benchmarks/_peers.py run_torch CONTESTANT FOLDER
 
@@ -10,7 +11,8 @@ samples, and times it in turns with the ONNX files of FOLDER on ONNX Runtime, in
 
 A job has two parts. Its preparation, untimed, imports the packages that a user's script would
 import and puts the float network and the batches into memory. The function that it returns is
-timed: from there to the saved file. What the packages import when first used is within it.
+timed: from there to the saved file. What it imports by itself is not within it: a first process
+does the same to learn which modules those are (`learn`), and the timed one has imported them.
 """
 
 import contextlib
@@ -45,6 +47,14 @@ def main() -> None:
         return
     prepare, suffix = JOBS[contestant]
     run = prepare(folder, order)
+    known, learned = set(sys.modules), folder / f"{contestant}.imports.json"
+    if verb == "learn":
+        run(folder / f"{contestant}{suffix}")
+        learned.write_text(json.dumps([name for name in sys.modules if name not in known]))
+        return
+    for module in json.loads(learned.read_text(encoding="utf-8")):
+        with contextlib.suppress(Exception):  # some are made at run time, not imported
+            importlib.import_module(module)
     gc.collect()
     before = _child._start()
     began, used = time.perf_counter(), time.process_time()

@@ -10,16 +10,12 @@ Writes benchmarks/results/all_runtimes.json, a network at a time.
 """
 
 import argparse
-import importlib
-import importlib.util
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from _networks import RESULTS, ROOT, context, stored, ways, workload, write
+from _networks import RESULTS, context, stored, ways, workload, write
 
 from tersor.core.hardware import environment, preflight, probe
 from tersor.core.schema import to_plain
@@ -27,7 +23,6 @@ from tersor.core.schema import to_plain
 NETWORKS = ("resnet20", "resnet20-int8", "minilm")
 METRICS = {"resnet20": ("size", "peak_memory")}
 """Beside quality and times; three processes a runtime for the memory take minutes."""
-SENTENCES = ROOT / "examples" / "minilm.py"
 
 
 def main() -> int:
@@ -39,7 +34,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "all_runtimes.json")
     asked = parser.parse_args()
     for name in asked.networks.split(","):
-        if elsewhere(name):
+        if name == "minilm" and elsewhere(__file__, name):
             continue
         made = surveyed(name, asked)
         rows = [row for row in stored(asked.out) if row["network"] != name]
@@ -61,7 +56,7 @@ def surveyed(name: str, asked: argparse.Namespace) -> dict[str, Any]:
     from tersor.survey import survey
 
     if name == "minilm":
-        model, data, inputs = minilm()
+        model, data, inputs = loaded()
     else:
         module = workload("cifar")
         splits = module.data()
@@ -96,32 +91,6 @@ def quantized(net: Any, inputs: Any, calibration: Any) -> Any:
         for (config,) in recipe.stages:
             net = technique_of(config).apply(net, config, given)
     return settle(net).eval()
-
-
-def minilm() -> tuple[Any, Any, Any]:
-    """Load MiniLM as its module, and the test sentences."""
-    from tersor import pipeline
-    from tersor.plan import make_inputs
-
-    sys.path.insert(0, str(SENTENCES.parent))
-    sentences = importlib.import_module(SENTENCES.stem)
-    model = pipeline.load(f"huggingface:{sentences.folder()}")
-    data = pipeline.load_data(f"{SENTENCES}:data")
-    return model, data, make_inputs(model, data)
-
-
-def elsewhere(name: str) -> bool:
-    """Survey MiniLM in the environment that has transformers, where this one has not."""
-    if name != "minilm" or importlib.util.find_spec("transformers") is not None:
-        return False
-    from quantization_peers import make_environment
-
-    make_environment("minilm")
-    python = ROOT / ".environments" / "minilm" / "bin" / "python"
-    words = [str(python), str(Path(__file__).resolve()), *sys.argv[1:], "--networks", name]
-    around = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    subprocess.run(words, check=True, env=around)
-    return True
 
 
 def told(items: Any, what: Any, total: Any = None) -> Any:

@@ -9,7 +9,7 @@ its defaults, over all samples; torchao: PT2E with X86InductorQuantizer's defaul
 
 **Cost.** Each quantization runs in a process of its own, pinned to `--threads` cores
 (`_peers.py`). Its seconds reach from the float network and the batches in memory to the saved
-quantized file; packages were imported before, but what they import when first used is within. For
+quantized file; all that they import was imported before, as a process before has learned it. For
 tersor and torchao they begin at the nn.Module. ONNX Runtime and NNCF begin at an fp32 ONNX file;
 the seconds of writing that file with torch.onnx.export, in one more process, are added in
 `seconds_with_export`, which is what verdicts compare. `cpu_seconds` is the processor time of the
@@ -221,7 +221,9 @@ def of_network(name: str, arguments: argparse.Namespace) -> tuple[list[Any], lis
     contestants = ["fp32", *workload.peers, *ours]
     costs, failed = {}, {}
     for contestant in contestants:
-        reason = job("quantize", contestant, folder, arguments.threads)
+        reason = job("learn", contestant, folder, arguments.threads) or job(
+            "quantize", contestant, folder, arguments.threads
+        )
         if reason:
             failed[contestant] = reason
         else:
