@@ -1,11 +1,11 @@
-"""What repair without labels brings back: weights of 4 bits on mobilenet_v2 and gpt.
+"""What repair without labels brings back: weights of 4 and 3 bits on mobilenet_v2 and gpt.
 
     python benchmarks/repair.py [--networks mobilenet_v2,gpt] [--ways "nearest;adaround"]
 
 Rounds each network in several ways, from nearest rounding to learned rounding, the last one of
 mobilenet_v2 trained with labels for comparison, and scores all in memory on every second batch of
-the test split: accuracy in percent for mobilenet_v2 (4-bit weights, 8-bit activations), perplexity
-of a character for gpt (4-bit weights in groups of 32). Needs the shared workloads. Writes
+the test split: accuracy in percent for mobilenet_v2 (weights of 4 and of 3 bits, activations of 8),
+perplexity of a character for gpt (4-bit weights, groups of 32). Needs the shared workloads. Writes
 benchmarks/results/repair.json.
 """
 
@@ -48,6 +48,7 @@ def stages(network: str, steps: int) -> dict[str, list[Any]]:
     channel = {"static": {"weight_bits": 4}}
     clipped = {"static": {"weight_bits": 4, "weight_range": "mse"}}
     equal: dict[str, Any] = {"equalize": {"replace_relu6": True}}
+    three: dict[str, Any] = {"static": {"weight_bits": 3}}
     return {
         "nearest, a scale a layer": [tensor],
         "equalize, a scale a layer": [equal, tensor],
@@ -58,6 +59,11 @@ def stages(network: str, steps: int) -> dict[str, list[Any]]:
         "adaround": [channel, learned],
         "adaround, bias_correction": [channel, learned, "bias_correction"],
         "qat, one epoch": [{"qat": {"weight_bits": 4}}],
+        "3 bits: nearest, a scale a layer": [{"static": {"weight_bits": 3, "per_channel": False}}],
+        "3 bits: nearest": [three],
+        "3 bits: bias_correction": [three, "bias_correction"],
+        "3 bits: adaround": [three, learned],
+        "3 bits: qat, one epoch": [{"qat": {"weight_bits": 3}}],
     }
 
 

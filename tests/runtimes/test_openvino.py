@@ -1,5 +1,7 @@
 """OpenVINO: options, streams, memory."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,24 @@ def test_shapes_that_the_network_cannot_have(tmp_path: Path) -> None:
 def test_operators_of_fixed_shapes_are_timed(tmp_path: Path) -> None:
     times = runtime.profile(exported(tmp_path), target(shapes="fixed"), [{"x": X}, {"x": X[:2]}])
     assert "FullyConnected" in {each.kind for each in times}
+
+
+def test_a_signal_is_handled_after_networks_were_closed(tmp_path: Path) -> None:
+    code = (
+        "import gc, signal\n"
+        "from pathlib import Path\n"
+        "from tersor.core.runtime import Target\n"
+        "from tersor.runtimes import openvino as runtime\n"
+        f"file, target = Path({str(exported(tmp_path))!r}), Target(runtime='openvino')\n"
+        "signal.signal(signal.SIGINT, lambda *about: print('handled'))\n"
+        "first, second = runtime.load(file, target), runtime.load(file, target)\n"
+        "for name in ('first', 'second'):\n"
+        "    globals().pop(name).close()\n"
+        "    gc.collect()\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_a_bound_call_keeps_its_inputs(tmp_path: Path) -> None:

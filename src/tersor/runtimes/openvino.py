@@ -12,7 +12,7 @@ does only on processors with AMX, for channels that are multiples of 64; not ver
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,8 @@ def inputs(path: Path) -> Mapping[str, Signature]:
     Raises:
         ModelError: it is no model that this version reads.
     """
-    import openvino
-
     try:
-        model = openvino.Core().read_model(path)
+        model = _core().read_model(path)
     except Exception as error:
         raise ModelError(f"OpenVINO cannot read {path.name}: {last_line(error)}") from error
     return {
@@ -178,13 +176,23 @@ def fused(path: Path, target: Target) -> Sequence[RanOperator]:
     return found
 
 
-def _compiled(network: Any, target: Target, counting: bool = False) -> Any:
-    """Compile a file, or a network that was read."""
+@cache
+def _core() -> Any:
+    """Return the one core of this process.
+
+    Each core gives the thread a stack for signals, and takes it away when it goes: of two that go
+    in the order in which they came, the first one's stays in use, and the next Ctrl-C is a crash.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _compiled(network: Any, target: Target, counting: bool = False) -> Any:
+    """Compile a file, or a network that was read."""
     told = settings(target, probe().flags) | {"PERF_COUNT": counting}
     precision = str(target.options.get("precision", "fp32"))
-    core = openvino.Core()
+    core = _core()
     if precision != "fp32":
         able = [str(x).lower() for x in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
         if precision not in able:
@@ -208,12 +216,10 @@ class _Runner:
     """A network; each binding has requests of its own, as many as run at once."""
 
     def __init__(self, path: Path, target: Target, counting: bool = False) -> None:
-        import openvino
-
         settings(target, probe().flags)
         self.fixed = target.options.get("shapes") == "fixed"
         with _loading(path):
-            self.network: Any = openvino.Core().read_model(path) if self.fixed else path
+            self.network: Any = _core().read_model(path) if self.fixed else path
         self.target, self.counting = target, counting
         self.kept = lru_cache(_KEPT)(self._compile)
         first: Any = self.network if self.fixed else self.kept(())
