@@ -171,9 +171,10 @@ def test_every_byte_of_a_file_is_told_and_what_made_it_smaller():
 
 
 def test_what_coding_saves_is_told():
-    plain = size_parts(FileGraph(constants={"w": np.zeros((64, 32), np.float32)}), 8192)
-    packed = size_parts(FileGraph(constants={"w": np.zeros((64, 32), np.float32)}), 2048)
-    assert [(part.what, part.bytes) for part in packed][1:] == [(CODED, -6144)]
+    graph = FileGraph(constants={"w": np.zeros((64, 32), np.float32)})
+    plain, packed = size_parts(graph, 8192 + 100), size_parts(graph, 2073, 6219)
+    assert [(part.what, part.bytes) for part in packed][1:] == [(GRAPH, 100), (CODED, -6219)]
+    assert sum(part.bytes for part in packed) == 2073
     assert gained(plain, packed).endswith("32 -> 32 bits each (1x), coded without loss (4x)")
 
 

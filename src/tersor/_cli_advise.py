@@ -112,8 +112,10 @@ def recipe_of(
     fit: "Fit | None",
     teacher: "Model | None",
     resume: bool,
-) -> tuple["Recipe", Sequence[tuple[float, float]]]:
-    """Return the recipe that advise finds, with what it predicts; of a resumed run, the same again.
+) -> tuple["Recipe", Sequence[tuple[float, float]], float | None]:
+    """Return the recipe that advise finds, what it predicts, and the minutes that it was given.
+
+    A resumed run gets the same again; of one that had ended, the minutes are not known.
 
     Raises:
         UnfitError: nothing pays. RecipeError: it was resumed with another goal, target or minutes.
@@ -130,16 +132,16 @@ def recipe_of(
         recipe, predicted, allowed = earlier
         if None not in (minutes, allowed) and minutes != allowed:
             raise RecipeError(
-                f"cannot resume: the advice for {out} was given for stages that train {allowed:g} "
-                f"minutes, not {minutes:g}. Leave --minutes out, or run without --resume"
+                f"cannot resume: the advice for {out} was given for --minutes {allowed:g}, not "
+                f"{minutes:g}. Leave --minutes out, or run without --resume"
             )
         if target != recipe.target or (goal or advisor.usual_goal(data)) != recipe.goal:
-            asked = f"target {recipe.target}, goal {to_plain(recipe.goal)}"
+            asked = f"target {recipe.target.text}, goal {to_plain(recipe.goal)}"
             raise RecipeError(
                 f"cannot resume: the advice for {out} was given for another goal or target "
                 f"({asked}). Give the same again, or run without --resume"
             )
-        return recipe, predicted
+        return recipe, predicted, allowed
     tell("trying what may help; every step is measured")
     minutes = advisor.MINUTES if minutes is None else minutes
     found = advisor.advise(
@@ -162,7 +164,7 @@ def recipe_of(
     kept.parent.mkdir(parents=True, exist_ok=True)
     content = {"recipe": found.recipe, "predicted": found.predicted, "minutes": minutes}
     files.replace_file(kept, json.dumps(content, indent=1).encode())
-    return Recipe.parse(found.recipe), found.predicted
+    return Recipe.parse(found.recipe), found.predicted, minutes
 
 
 def _earlier(

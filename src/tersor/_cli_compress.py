@@ -102,7 +102,7 @@ def compress(
         if threads is not None:
             on = replace(on, options={**on.options, "threads": threads})
         try:
-            chosen, predicted = _cli_advise.recipe_of(
+            chosen, predicted, allowed = _cli_advise.recipe_of(
                 out,
                 loaded,
                 batches,
@@ -119,6 +119,8 @@ def compress(
             tell("interrupted before there was a recipe; nothing is kept, run it again")
             return 130
         goal = chosen.goal
+        if minutes is None and allowed is not None:
+            words = [*words, "--minutes", f"{allowed:g}"]
     wanted: dict[str, Any] = {
         "data": batches,
         "teacher": guide,

@@ -37,6 +37,12 @@ def explain(
     from tersor.subjects import on_disk
 
     if other is not None or question is not None or (on_disk(subject) and not fusion):
+        if not on_disk(subject):
+            asked = "a second file" if other is not None else "--of"
+            raise RecipeError(
+                f"{asked} is for an artifact or a model file; {subject!r} is neither. Without it, "
+                "explain says what to expect of a network in Python"
+            )
         for given, name in (
             (technique, "--technique"),
             (weights, "--weights"),

@@ -67,6 +67,7 @@ def measure(
         show_json({"subject": subject, "measurements": found})
     else:
         show(_figures(found))
+        tell(f"target {found[0].conditions['target']}")
     return 0
 
 

@@ -26,11 +26,17 @@ class SizePart:
     """Less than 0: what coding takes off."""
 
 
-def size_parts(graph: FileGraph, size_bytes: int) -> tuple[SizePart, ...]:
+def size_parts(graph: FileGraph, size_bytes: int, coded_bytes: int = 0) -> tuple[SizePart, ...]:
     """Assign every byte of a file, or of a packed file that holds this graph.
 
+    Args:
+        graph: Its constants.
+        size_bytes: Of the file.
+        coded_bytes: What packing took off.
+
     Returns:
-        The parts, which add up to `size_bytes`: the largest first, the graph or the coding last.
+        The parts, which add up to `size_bytes`: the largest first, then the rest, then what packing
+        took off.
     """
     found: dict[str, list[int]] = {}
     for constant in graph.constants.values():
@@ -40,8 +46,11 @@ def size_parts(graph: FileGraph, size_bytes: int) -> tuple[SizePart, ...]:
         counts[1] += _bytes(constant)
     made = [SizePart(what=what, numbers=n, bytes=size) for what, (n, size) in found.items()]
     made.sort(key=lambda part: -part.bytes)
-    rest = size_bytes - sum(part.bytes for part in made)
-    return (*made, SizePart(what=CODED if rest < 0 else GRAPH, numbers=0, bytes=rest))
+    rest = size_bytes + coded_bytes - sum(part.bytes for part in made)
+    made.append(SizePart(what=GRAPH, numbers=0, bytes=rest))
+    if coded_bytes:
+        made.append(SizePart(what=CODED, numbers=0, bytes=-coded_bytes))
+    return tuple(made)
 
 
 def gained(before: Sequence[SizePart], after: Sequence[SizePart]) -> str:

@@ -99,7 +99,7 @@ def contest(
 
 
 def measure_subject(subject: Subject, names: Sequence[str]) -> tuple[Measurement, ...]:
-    """Measure everything in `names`, in order.
+    """Measure everything in `names`, in order; each says on which target.
 
     Raises:
         RecipeError: no such metric. DataError, ModelError: the subject lacks what a metric needs.
@@ -114,7 +114,9 @@ def measure_subject(subject: Subject, names: Sequence[str]) -> tuple[Measurement
                 on = f" (split {subject.split!r})" if need == "labels" and subject.split else ""
                 kind = ModelError if need in ("net", "runner", "files") else DataError
                 raise kind(f"the metric {each.name!r} needs {_MISSING[need]}{on}")
-    return tuple(each.measure(subject) for each in chosen)
+    made = [each.measure(subject) for each in chosen]
+    on = {"target": subject.target.text}
+    return tuple(replace(each, conditions={**on, **each.conditions}) for each in made)
 
 
 def paired(

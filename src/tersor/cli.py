@@ -105,7 +105,7 @@ def compress(
     ] = None,
     minutes: Annotated[
         float | None,
-        option("--minutes", "N", "that a stage of --recipe auto may train; 3", min=0),
+        option("--minutes", "N", "of training in a stage of --recipe auto; 3", min=0),
     ] = None,
     out: Annotated[Path, option("--out", "DIR", "the artifact's folder", show_default=True)] = Path(
         "out"

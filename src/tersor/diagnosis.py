@@ -47,19 +47,19 @@ class Advice:
 ADVICE: Mapping[str, Advice] = {
     "dense_kernels": Advice(
         meaning="kernels multiply by weights that are zero",
-        fix="cut whole channels instead: `- channels: {ratio: 0.5}`; or run zeros as such where "
-        "that is faster: `- sparse_execution`",
+        fix="cut whole channels instead: `- channels: {ratio: 0.5}`; or, on a runtime with sparse "
+        "products such as torch_export, run zeros as such: `- sparse_execution`",
     ),
     "stored_zeros": Advice(
-        meaning="the file stores weights that are zero in full", fix="add as last step: `- pack`"
+        meaning="the file stores weights that are zero in full", fix="add as first step: `- pack`"
     ),
     "float_storage": Advice(
         meaning="weights of few values are stored as floats",
-        fix="store codes, `- weight_only: {bits: 8}` or `- static`; or add `- pack`",
+        fix="store codes, `- weight_only: {bits: 8}` or `- static`; or begin with `- pack`",
     ),
     "duplicates": Advice(
         meaning="the same weights are stored more than once",
-        fix="share them: `- tie_layers`, or store one constant for all uses; or add `- pack`",
+        fix="share them: `- tie_layers`, or store one constant for all; or begin with `- pack`",
     ),
     "unfused_qdq": Advice(
         meaning="rounding does not merge with the layers around it",
@@ -200,7 +200,7 @@ def diagnose(
     """
     if question not in QUESTIONS:
         raise RecipeError(
-            f"of must be one of {', '.join(QUESTIONS)}; got {question!r}."
+            f"a network is explained by one of {', '.join(QUESTIONS)}; got {question!r}."
             f"{suggest(question, QUESTIONS)}"
         )
     if question == "size":
@@ -272,7 +272,8 @@ def _of_size(after: Artifact | str | Path, before: Artifact | str | Path | None)
     given = [each for each in (before, after) if each is not None]
     sizes = [_files(each) for each in given]
     bytes_each = tuple(sum(file.stat().st_size for file in files) for files in sizes)
-    graphs = [_weights(each, files[0]) for each, files in zip(given, sizes, strict=True)]
+    looked = [_weights(each, files[0]) for each, files in zip(given, sizes, strict=True)]
+    graphs = [graph for graph, _ in looked]
     if graphs[-1] is None:
         name = sizes[-1][0].name
         raise ModelError(f"{name} cannot be looked into; give a .onnx, .xml or .pt2 file")
@@ -282,20 +283,28 @@ def _of_size(after: Artifact | str | Path, before: Artifact | str | Path | None)
         name=str(after.path if isinstance(after, Artifact) else after),
         size_bytes=bytes_each,
         contents=tuple(
-            () if graph is None else size_parts(graph, size)
-            for graph, size in zip(graphs, bytes_each, strict=True)
+            () if graph is None else size_parts(graph, size, coded)
+            for (graph, coded), size in zip(looked, bytes_each, strict=True)
         ),
     )
 
 
-def _weights(subject: Artifact | str | Path, first: Path) -> FileGraph | None:
-    """Look into a file for its constants; None where that cannot be done."""
+def _weights(subject: Artifact | str | Path, first: Path) -> tuple[FileGraph | None, int]:
+    """Look into a file for its constants, None where that cannot be done.
+
+    Returns:
+        The constants, and the bytes that packing took off.
+    """
     with unpacked(first) as file:
+        coded = 0
+        if file != first:
+            whole = sum(each.stat().st_size for each in file.parent.iterdir() if each.is_file())
+            coded = whole - first.stat().st_size
         if file.suffix not in (".onnx", ".xml", ".pt2"):
-            return None
+            return None, coded
         if file.suffix == ".xml":
             place(subject)  # a child process reads it first
-        return _graph(file, None)
+        return _graph(file, None), coded
 
 
 def _graph(file: Path, inputs: Arrays | None) -> FileGraph:

@@ -86,8 +86,8 @@ def place(
         subject = Artifact.open(path.parent if path.name == MANIFEST else path)
     if target is not None and target.runtime != subject.target.runtime:
         raise TargetError(
-            f"{str(subject.path)!r} was made for {subject.target}, not for {target}; "
-            f"leave the target out, or compress again with --target {target}"
+            f"{str(subject.path)!r} was made for {subject.target.text}, not for {target.text}; "
+            f"leave the target out, or compress again with --target {target.text}"
         )
     chosen = subject.target
     if target is not None:

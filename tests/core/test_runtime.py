@@ -49,6 +49,30 @@ def test_options_are_checked() -> None:
         read_target("onnxruntime,threads=many")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "openvino,shapes=fix",
+            r"^openvino: shapes must be one of free, fixed; got 'fix'\. Did you",
+        ),
+        ("openvino,streams=0", r"^openvino: streams must be a whole number from 1; got 0$"),
+        (
+            "onnxruntime,optimization=al",
+            r"^onnxruntime: optimization must be one of .*; got 'al'\.",
+        ),
+        ("tvm,tune=-1", r"^tvm: tune must be the seconds to search schedules, from 0; got -1$"),
+        ("hls,clock_ns=0", r"^hls: clock_ns must be the clock's period, 0\.1 to 1000; got 0$"),
+        ("tensorrt:cuda,sparse=1", r"^tensorrt: sparse must be true or false; got 1$"),
+    ],
+)
+def test_values_of_options_are_refused_before_any_work(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_target(text)
+    with pytest.raises(RecipeError, match=message.replace("^", "recipe: target: ")):
+        Recipe.parse({"steps": ["static"], "target": text})
+
+
 def test_a_recipe_without_a_target_takes_it_with_its_options(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("steps: [fuse_batch_norm]\n")

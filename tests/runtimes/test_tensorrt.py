@@ -27,8 +27,7 @@ from tests import networks
     [
         (
             {"precision": "fp61"},
-            r"^tensorrt has no precision 'fp61'; use one of fp32, fp16, bf16\. Did you mean "
-            r"'fp16'\?$",
+            r"^precision must be one of fp32, fp16, bf16; got 'fp61'\. Did you mean 'fp16'\?$",
         ),
         ({"sparse": 1}, r"^sparse must be true or false; got 1$"),
         ({"batches": [8, 1, 64]}, r"^batches must be \[SMALLEST, USUAL, LARGEST\], rising from 1"),

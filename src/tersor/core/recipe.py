@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from tersor.core import plugins
-from tersor.core.errors import RecipeError, suggest
+from tersor.core.errors import RecipeError, TargetError, suggest
 from tersor.core.goal import Goal
 from tersor.core.runtime import Target
 from tersor.core.schema import Mistake, Mistakes, changed, from_plain
@@ -310,6 +310,12 @@ def _target_mistakes(target: Target) -> Iterator[tuple[tuple[str, ...], str]]:
             near = suggest(name, known.options) or f" It has: {', '.join(known.options)}"
             at = ("options", name, KEY)
             yield at, f"runtime {target.runtime!r} has no option {name!r}.{near}"
+    check = plugins.own_runtime(target.runtime).check
+    if check is not None and target.device in known.devices:
+        try:
+            check(target)
+        except TargetError as error:
+            yield ("options",), f"{target.runtime}: {error}"
     threads = target.options.get("threads", 0)
     if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
         place = ("options", "threads")

@@ -25,6 +25,7 @@ from tersor.core.report_view import (
     pairs,
     predicted,
     quality_metric,
+    reproduction,
     stage_figures,
 )
 from tersor.core.report_words import (
@@ -355,4 +356,5 @@ def _reproduce(report: Report) -> list[str]:
         if recipe
         else ""
     )
-    return [heading("reproduce"), command, f'<p class="note">{speak("reproduce_note")}</p>', folded]
+    notes = "".join(f'<p class="note">{speak(name)}</p>' for name in reproduction(report))
+    return [heading("reproduce"), command, notes, folded]

@@ -15,6 +15,7 @@ from tersor.core.report_view import (
     limited,
     pairs,
     predicted,
+    reproduction,
     stage_figures,
 )
 from tersor.core.report_words import Language, human, human_seconds, metric_word, say
@@ -52,7 +53,7 @@ def to_markdown(report: Report, lang: Language = "en") -> str:
         _table((say("name", lang), say("value", lang)), flat(to_plain(report.environment))),
         f"## {say('reproduce', lang)}",
         _block(report.command, "sh") if report.command else "",
-        say("reproduce_note", lang),
+        " ".join(say(name, lang) for name in reproduction(report)),
         f"### {say('recipe', lang)}",
         _block(recipe_text(report), "yaml"),
     ]  # fmt: skip

@@ -140,7 +140,7 @@ def _ratio(metric: str, value: float, lang: Language, ratio: Ratio | None = None
         low, high = ratio_digits(ratio.low), ratio_digits(ratio.high)
         return f"{say('same', lang)} ({say('interval', lang, low=low, high=high)})"
     good, bad = _WORDS.get(metric, ("better", "worse"))
-    if ratio is None and abs(value - 1) < 5e-4:
+    if abs(value - 1) < 5e-3 and (ratio is None or ratio.low == ratio.high):
         return say("same", lang)
     if value >= 1:
         ends = (ratio.low, ratio.high) if ratio else None
@@ -188,6 +188,12 @@ def _moved(pair: Pair, lang: Language) -> str:
 
 def _bare(text: str) -> str:
     return text.partition(" (")[0]
+
+
+def reproduction(report: Report) -> tuple[str, ...]:
+    """Name the words about repeating the run."""
+    auto = "--recipe auto" in report.command
+    return ("reproduce_note", "reproduce_auto") if auto else ("reproduce_note",)
 
 
 def best_metric(report: Report) -> str:

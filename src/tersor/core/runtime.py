@@ -160,6 +160,8 @@ class Runtime:
     """Whether options change what `export` writes."""
     options: tuple[str, ...] = ("threads",)
     """Names allowed in `Target.options`."""
+    check: Callable[[Target], object] | None = None
+    """Raise `TargetError` for values of options that cannot be, wherever it is run."""
     half_on: tuple[str, ...] | None = None
     """Devices that compute in 16 bits, of those with the option `precision`; None: all."""
     weights: tuple[str, ...] = ()

@@ -254,6 +254,7 @@ RUNTIME = Runtime(
     load=load,
     targeted=True,
     options=("threads", "part", "clock_ns", "reuse_factor", "bits"),
+    check=lambda target: settings(target.options),
     to_export=("hls4ml", "onnx", "onnxscript"),
     to_run=("hls4ml", "onnx"),
 )

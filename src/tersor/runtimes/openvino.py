@@ -61,7 +61,7 @@ def settings(target: Target, flags: Collection[str]) -> dict[str, Any]:
     ):
         if given not in known:
             raise TargetError(
-                f"openvino has no {name} {given!r}; use one of {', '.join(known)}."
+                f"{name} must be one of {', '.join(known)}; got {given!r}."
                 f"{suggest(str(given), known)}"
             )
     made = {
@@ -297,6 +297,7 @@ RUNTIME = Runtime(
     inputs=inputs,
     suffixes=(".xml",),
     options=("threads", "precision", "hint", "streams", "shapes", "sparse_rate"),
+    check=lambda target: settings(target, ("amx",)),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("openvino", "onnx", "onnxscript"),
     to_run=("openvino",),

@@ -55,7 +55,7 @@ def settings(options: Mapping[str, Any]) -> Settings:
     precision = options.get("precision", "fp32")
     if precision not in _PRECISIONS:
         raise TargetError(
-            f"tensorrt has no precision {precision!r}; use one of {', '.join(_PRECISIONS)}."
+            f"precision must be one of {', '.join(_PRECISIONS)}; got {precision!r}."
             f"{suggest(str(precision), _PRECISIONS)}"
         )
     sparse = options.get("sparse", False)
@@ -350,6 +350,7 @@ RUNTIME = Runtime(
     export=export,
     load=load,
     options=("threads", "precision", "sparse", "batches", "optimization"),
+    check=lambda target: settings(target.options),
     to_export=("onnx", "onnxscript"),
     to_run=("tensorrt", "cuda", "onnx"),
 )

@@ -278,6 +278,7 @@ RUNTIME = Runtime(
     fixed_batch=True,
     targeted=True,
     options=("threads", "tune"),
+    check=lambda target: budget(target.options),
     to_export=("tvm", "onnx", "onnxscript"),
     to_run=("tvm",),
 )
