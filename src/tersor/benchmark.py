@@ -115,8 +115,8 @@ def measure_subject(subject: Subject, names: Sequence[str]) -> tuple[Measurement
                 kind = ModelError if need in ("net", "runner", "files") else DataError
                 raise kind(f"the metric {each.name!r} needs {_MISSING[need]}{on}")
     made = [each.measure(subject) for each in chosen]
-    on: dict[str, str | int | float] = {"target": subject.target.text}
-    return tuple(replace(each, conditions={**on, **each.conditions}) for each in made)
+    target = subject.target.text
+    return tuple(replace(m, conditions={"target": target, **m.conditions}) for m in made)
 
 
 def paired(
