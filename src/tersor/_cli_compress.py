@@ -1,5 +1,6 @@
 """`tersor compress` and `tersor demo`."""
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -308,6 +309,7 @@ def summary(report: "Report", place: Path) -> str:
     from tersor.core.report_view import change, figure, headline, limited, pairs
     from tersor.core.report_view import predicted as predicted_of
     from tersor.core.report_words import human, human_seconds, metric_word
+    from tersor.core.schema import to_plain
 
     parts = [headline(report), ""]
     rows = [
@@ -318,6 +320,9 @@ def summary(report: "Report", place: Path) -> str:
         word = colored(stage.verdict)
         parts.append(f"{number}. {stage.name}: {word} ({human_seconds(stage.seconds)})")
         parts.append(paragraph(stage.reason))
+        if stage.attempts:
+            told = json.dumps(to_plain(stage.settings))
+            parts.append(paragraph(f"the last of {len(stage.attempts) + 1} tries: {told}"))
         if stage.predicted is not None:
             parts.append(paragraph(f"{predicted_of(stage)} was predicted"))
     if report.limits:

@@ -422,3 +422,18 @@ def test_a_paired_change_names_its_test_and_its_ends():
         "; paired on the same samples: McNemar's exact test, p = 0.01"
     )
     assert "McNemar" in to_markdown(replace(made, ratios=ratios))
+
+
+def test_the_settings_of_the_last_try_stand_below_the_earlier_ones() -> None:
+    text = to_markdown(report())
+    first, last = text.partition("Tries, of which the last one counts:")[2].split("\n")[2:4]
+    assert '[{"drop_layers": {"latency": 0.5}}]' in first
+    assert '[{"drop_layers": {"latency": 0.6}}, {"distill_logits": {"epochs": 3}}]' in last
+
+
+def test_a_recipe_of_auto_is_repeated_from_its_artifact() -> None:
+    said = "But auto chooses by measured times"
+    auto = report(command="tersor compress x --recipe auto")
+    assert said in to_markdown(auto)
+    assert said in to_html(auto)
+    assert said not in to_markdown(report())

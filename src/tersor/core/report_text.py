@@ -103,12 +103,15 @@ def _stages(report: Report, lang: Language) -> str:
 
 def _attempts(stages: Sequence[StageReport], lang: Language) -> list[str]:
     lines = [
-        f"- {_code(stage.name)}: {_code(json.dumps(to_plain(attempt.get('settings', {}))))}"
-        f" - {_inline(str(attempt.get('reason', '')))}"
+        f"- {_code(stage.name)}: {_code(json.dumps(to_plain(settings)))} - {_inline(str(reason))}"
         for stage in stages
-        for attempt in stage.attempts
+        if stage.attempts
+        for settings, reason in (
+            *((a.get("settings", {}), a.get("reason", "")) for a in stage.attempts),
+            (stage.settings, stage.reason),
+        )
     ]
-    return [f"{say('attempts', lang)}:", "\n".join(lines)] if lines else []
+    return [f"{say('tries', lang)}:", "\n".join(lines)] if lines else []
 
 
 def _fragments(stages: Sequence[StageReport], lang: Language) -> list[str]:
