@@ -34,6 +34,11 @@ def test_other_forms_are_refused(text: str) -> None:
         Target.parse(text)
 
 
+def test_an_option_is_given_once() -> None:
+    with pytest.raises(ValueError, match=r"^target 'x,a=1,b=2,a=3' gives an option twice$"):
+        Target.parse("x,a=1,b=2,a=3")
+
+
 def test_a_target_is_written_as_it_is_read() -> None:
     text = "openvino:cpu,shapes=fixed,sparse_rate=0.7,own=true"
     assert Target.parse(text).text == text

@@ -49,6 +49,8 @@ class Target:
                 f"{text!r}"
             )
         options = {name: _value(value) for name, _, value in parts}
+        if len(options) < len(parts):
+            raise ValueError(f"target {text!r} gives an option twice")
         return Target(runtime=runtime, device=device or "cpu", options=options)
 
     @property
