@@ -96,7 +96,10 @@ def test_a_missed_limit_ends_with_1_and_the_artifact_is_there(
 def test_ctrl_c_stops_where_little_is_lost_and_says_how_to_go_on(script: Path) -> None:
     words = job(script)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tersor", *words], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tersor", *words, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     work = script.parent / "out.work"
     deadline = time.monotonic() + 120
@@ -105,8 +108,12 @@ def test_ctrl_c_stops_where_little_is_lost_and_says_how_to_go_on(script: Path) -
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
+    said = json.loads(out)
+    assert said["interrupted"]
+    assert said["resume"].startswith("tersor compress")
+    assert said["resume"].endswith("--resume")
     assert "waiting for: " in err
     assert "Ctrl-C again stops at once; --resume then goes on" in err
     assert "interrupted; go on with:\ntersor compress" in err

@@ -118,7 +118,7 @@ def compress(
             )
         except KeyboardInterrupt:
             tell("interrupted before there was a recipe; nothing is kept, run it again")
-            return 130
+            return _interrupted(None, as_json)
         goal = chosen.goal
         if minutes is None and allowed is not None:
             words = [*words, "--minutes", f"{allowed:g}"]
@@ -149,8 +149,9 @@ def compress(
                 should_stop=should_stop,
             )
     except KeyboardInterrupt:
-        tell(f"interrupted; go on with:\n{_command([*words, '--resume'], keep=('--resume',))}")
-        return 130
+        go_on = _command(words, keep=("--resume",))
+        tell(f"interrupted; go on with:\n{go_on}")
+        return _interrupted(go_on, as_json)
     _cli_advise.kept_of(out).unlink(missing_ok=True)
     if as_json:
         show((artifact.path / "report.json").read_text(encoding="utf-8").rstrip())
@@ -283,6 +284,12 @@ def _command(words: Sequence[str], keep: Sequence[str] = ()) -> str:
     """Write what was typed, without the words that only matter once."""
     kept = [word for word in words if word not in _ONCE]
     return shlex.join(["tersor", *kept, *keep])
+
+
+def _interrupted(resume: str | None, as_json: bool) -> int:
+    if as_json:
+        show_json({"interrupted": True, "resume": resume})
+    return 130
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> int:
