@@ -182,7 +182,7 @@ def test_a_resumed_run_follows_the_same_advice(
     auto = ["compress", *words, "--recipe", "auto", "--out", str(out), "--resume"]
     code, err = failing(capsys, *auto, "--minutes", "9")
     assert code == 2
-    assert "was given for stages that train 3 minutes, not 9. Leave --minutes out" in err
+    assert "was given for --minutes 3, not 9. Leave --minutes out" in err
     code, _, err = talk(capsys, *auto)
     assert code == 0
     assert "trying" not in err

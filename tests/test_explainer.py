@@ -144,7 +144,7 @@ def test_the_verb_tells_and_writes_json(capsys: pytest.CaptureFixture[str]) -> N
         (["."], "'.' is not an artifact"),
         (
             ["tersor.demo.network:trained", "--fusion", "--of", "size"],
-            "--fusion goes with a network",
+            "--of is for an artifact or a model file; 'tersor.demo.network:trained' is neither",
         ),
         (["x.onnx", "--of", "sise"], "got 'sise'. Did you mean 'size'?"),
         (["x.onnx", "--of", "size"], "'x.onnx' does not exist"),
