@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from _networks import ROOT
+
 SENTENCES = ROOT / "examples" / "minilm.py"
 
 

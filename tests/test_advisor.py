@@ -186,7 +186,9 @@ def test_a_resumed_run_follows_the_same_advice(
     code, _, err = talk(capsys, *auto)
     assert code == 0
     assert "trying" not in err
-    (stage,) = json.loads((out / "report.json").read_text())["stages"]
+    report = json.loads((out / "report.json").read_text())
+    assert report["command"].endswith("--minutes 3")
+    (stage,) = report["stages"]
     assert (stage["name"], stage["predicted"]) == ("fuse_batch_norm", [1.0, 1.5])
 
 

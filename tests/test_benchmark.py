@@ -351,6 +351,7 @@ def test_artifacts_and_their_folders_are_measured(tmp_path: Path, short: None) -
         size, latency_ = measure(subject, batch=4)
         assert size.value == (folder / "model.onnx").stat().st_size
         assert latency_.how.endswith("batch 4, 1 thread")
+        assert {m.conditions["target"] for m in (size, latency_)} == {"onnxruntime:cpu"}
     with pytest.raises(
         TargetError,
         match=r"was made for onnxruntime:cpu, not for openvino:cpu; leave the target out, or compress again with --target openvino:cpu",

@@ -18,11 +18,13 @@ import yaml
 from tersor._causes_size import size_causes
 from tersor._size_parts import CODED, GRAPH, VECTORS, gained, size_parts
 from tersor.core.errors import RecipeError, TargetError
+from tersor.core.packing import pack
 from tersor.core.recipe import Recipe
 from tersor.core.runtime import Target
 from tersor.diagnosis import ADVICE, diagnose
 from tersor.ops.file_graph import FileGraph, read_onnx
 from tests.command import ROOT, talk
+from tests.runners import linear_onnx
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -176,6 +178,15 @@ def test_what_coding_saves_is_told():
     assert [(part.what, part.bytes) for part in packed][1:] == [(GRAPH, 100), (CODED, -6219)]
     assert sum(part.bytes for part in packed) == 2073
     assert gained(plain, packed).endswith("32 -> 32 bits each (1x), coded without loss (4x)")
+
+
+def test_every_byte_of_a_packed_file_is_told(tmp_path: Path):
+    plain = linear_onnx(tmp_path / "plain.onnx", width=512, classes=64)
+    (tmp_path / "model.onnx").write_bytes(plain.read_bytes())
+    packed = pack([tmp_path / "model.onnx"], tmp_path / "model.packed")
+    before, after = diagnose(packed, plain, question="size").contents
+    assert sum(part.bytes for part in after) == packed.stat().st_size
+    assert [part for part in after if part.what != CODED] == list(before)
 
 
 def test_numbers_of_four_bits_take_half_a_byte():

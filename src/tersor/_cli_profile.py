@@ -104,7 +104,7 @@ def _network(
     if out is not None:
         _write(out, _roofline(found))
     if as_json:
-        plain = {**vars(found), "agrees": found.agrees}
+        plain = {**vars(found), "accounted": found.accounted, "agrees": found.agrees}
         show_json({"profile": plain})
     else:
         show(_layers(found))

@@ -431,6 +431,15 @@ def test_the_settings_of_the_last_try_stand_below_the_earlier_ones() -> None:
     assert '[{"drop_layers": {"latency": 0.6}}, {"distill_logits": {"epochs": 3}}]' in last
 
 
+def test_a_few_bytes_are_no_difference() -> None:
+    made = report()
+    size = find(made.before, "size")
+    after = tuple(
+        replace(m, value=size.value * 1.002) if m.metric == "size" else m for m in made.after
+    )
+    assert "1.00x" not in headline(replace(made, after=after, ratios=()))
+
+
 def test_a_recipe_of_auto_is_repeated_from_its_artifact() -> None:
     said = "But auto chooses by measured times"
     auto = report(command="tersor compress x --recipe auto")

@@ -216,7 +216,6 @@ class _Runner:
     """A network; each binding has requests of its own, as many as run at once."""
 
     def __init__(self, path: Path, target: Target, counting: bool = False) -> None:
-        settings(target, probe().flags)
         self.fixed = target.options.get("shapes") == "fixed"
         with _loading(path):
             self.network: Any = _core().read_model(path) if self.fixed else path
