@@ -140,14 +140,14 @@ def export(folder: Path, order: Order) -> Job:
     return run
 
 
-def tersor(technique: str) -> Callable[[Path, Order], Job]:
-    """Apply a technique of tersor with its defaults, and lower to ONNX."""
+def tersor(*techniques: str) -> Callable[[Path, Order], Job]:
+    """Apply a stage of tersor, each technique with its defaults, and lower to ONNX."""
 
     def prepare(folder: Path, order: Order) -> Job:
         from tersor.core import plugins
         from tersor.ops.lower import lower
 
-        step = plugins.technique(technique)
+        steps = [plugins.technique(name) for name in techniques]
         net = network(order)
         calibration = [
             tensors(b) for b in batches(arrays(folder, "calibration"), CALIBRATION_BATCH)
@@ -163,8 +163,11 @@ def tersor(technique: str) -> Callable[[Path, Order], Job]:
         )
 
         def run(file: Path) -> None:
-            made = lower(step.apply(net, step.config(), given), "onnx", inputs)
-            file.write_bytes(made.SerializeToString(deterministic=True))
+            made = net
+            for step in steps:
+                made = step.apply(made, step.config(), given)
+            proto = lower(made, "onnx", inputs)
+            file.write_bytes(proto.SerializeToString(deterministic=True))
 
         return run
 
@@ -335,7 +338,7 @@ JOBS: dict[str, tuple[Callable[[Path, Order], Job], str]] = {
     "torch quantize_dynamic": (torch_dynamic, ".pt"),
     "tersor static": (tersor("static"), ".onnx"),
     "tersor dynamic": (tersor("dynamic"), ".onnx"),
-    "tersor mixed": (tersor("mixed_precision"), ".onnx"),
+    "tersor mixed": (tersor("mixed_precision", "bias_correction"), ".onnx"),
 }
 """How to make each, and the ending of its file."""
 

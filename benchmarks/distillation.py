@@ -6,7 +6,9 @@
   on the half of the test split that decides.
 - `teacher`: resnet20 goes on from its weights for one epoch, on labels (`finetune`) and taught by
   resnet56 (`distill_logits` with a teacher), each with the settings that were best for it, or all
-  defaults where nothing was tried; same trainer, batches and seeds.
+  defaults where nothing was tried; same trainer, batches and seeds. Twice: from the weights as they
+  were published, which have never seen a JPEG image, and from the workload's own, which have been
+  fine-tuned on these very images, so that little is left to learn. The teacher is the workload's.
 - `half`: a student of resnet56 with half the channels, taught for one epoch by resnet56; one seed.
 - `sentiment`: a student of the sentiment transformer with half its blocks, taught by it; accuracy,
   and the speed of both files on ONNX Runtime, one thread, in turns.
@@ -39,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 from _networks import RESULTS, context, stored, ways, workload, write
+from safetensors.torch import load_file
 
 from tersor import trainer
 from tersor.core.hardware import environment
@@ -48,15 +51,16 @@ from tersor.core.statistics import judge, mean_interval
 from tersor.ops.losses import labelled_loss
 
 WAYS: dict[str, Any] = {"labels": ["finetune"], "distilled": ["distill_logits"]}
-RATES = (0.005, 0.002, 0.001)
-TRIED: dict[str, list[Any]] = {
-    "labels": [WAYS["labels"], *([{"finetune": {"lr": lr}}] for lr in RATES)],
-    "distilled": [
-        WAYS["distilled"],
-        *([{"distill_logits": {"lr": lr}}] for lr in RATES),
-        [{"distill_logits": {"lr": 0.005, "hard": 0.0}}],
-    ],
+RATES = {"published": (0.05, 0.01, 0.005), "fine-tuned": (0.005, 0.002, 0.001)}
+"""Learning rates that `choice` tries beside the default (0.02), by the weights to start from."""
+TRIED: dict[str, dict[str, list[Any]]] = {
+    start: {
+        "labels": [WAYS["labels"], *([{"finetune": {"lr": lr}}] for lr in rates)],
+        "distilled": [WAYS["distilled"], *([{"distill_logits": {"lr": lr}}] for lr in rates)],
+    }
+    for start, rates in RATES.items()
 }
+TRIED["fine-tuned"]["distilled"].append([{"distill_logits": {"lr": 0.005, "hard": 0.0}}])
 """What `choice` tries; of equally good ones the first is taken."""
 CHOICE_SEED = 10
 HALF: list[Any] = [{"student": {"width": 0.5}}, "distill_logits"]
@@ -82,7 +86,7 @@ def main() -> int:
         return 0
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     for part in asked.parts.split(","):
-        for key, measure in PARTS[part](seeds, asked.seconds, chosen(stored(asked.out)) or WAYS):
+        for key, measure in PARTS[part](seeds, asked.seconds, stored(asked.out)):
             key = {"part": part, **key}
             if any(key.items() <= row.items() for row in stored(asked.out)):
                 continue
@@ -99,25 +103,26 @@ Job = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 def store(file: Path, row: dict[str, Any]) -> None:
     """Add a row to a report, with what can be said of all of them together."""
     rows = [*stored(file), row]
-    rows.sort(key=lambda r: (list(PARTS).index(r["part"]), r["seed"], str(r.get("way"))))
+    order = list(PARTS)
+    rows.sort(key=lambda r: (order.index(r["part"]), str(r.get("start")), r["seed"], r["way"]))
     result = {
         "command": "python benchmarks/distillation.py",
         "environment": environment(),
-        "settings": used(rows) or WAYS,
-        "distilled_minus_labels": pooled(rows),
+        "settings": {start: used(rows, start) or WAYS for start in TRIED},
+        "distilled_minus_labels": {start: pooled(rows, start) for start in TRIED},
         "results": rows,
     }
     write(file, result)
 
 
-def chosen(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def chosen(rows: list[dict[str, Any]], start: str) -> dict[str, Any] | None:
     """Return for each way the settings that were best on the half that decides; None: not known."""
     made = {}
-    for way, tries in TRIED.items():
+    for way, tries in TRIED[start].items():
         scores = {
             str(r["settings"]): r["deciding_half"]
             for r in rows
-            if r["part"] == "choice" and r["way"] == way
+            if r["part"] == "choice" and r["start"] == start and r["way"] == way
         }
         if any(str(settings) not in scores for settings in tries):
             return None
@@ -125,22 +130,24 @@ def chosen(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return made
 
 
-def used(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def used(rows: list[dict[str, Any]], start: str) -> dict[str, Any] | None:
     """Return the settings that were chosen, once both ways have run with them."""
-    wanted = chosen(rows)
-    ran = [[r["way"], r["settings"]] for r in rows if r["part"] == "teacher"]
+    wanted = chosen(rows, start)
+    ran = [
+        [r["way"], r["settings"]] for r in rows if r["part"] == "teacher" and r["start"] == start
+    ]
     ready = wanted is not None and all([way, given] in ran for way, given in wanted.items())
     return wanted if ready else None
 
 
-def pooled(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def pooled(rows: list[dict[str, Any]], start: str) -> dict[str, Any] | None:
     """Return distilled - labels in points: mean over seeds, interval over images."""
-    made = used(rows)
+    made = used(rows, start)
     settings = made or WAYS
     found = {
         (r["way"], r["seed"]): r
         for r in rows
-        if r["part"] == "teacher" and r["settings"] == settings[r["way"]]
+        if r["part"] == "teacher" and r["start"] == start and r["settings"] == settings[r["way"]]
     }
     seeds = sorted({s for _, s in found if all((way, s) in found for way in WAYS)})
     if not seeds:
@@ -228,22 +235,32 @@ def accuracy(net: Any, batches: Any) -> float:
 # --- parts --------------------------------------------------------------------------------------
 
 
-def choice_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
-    del seeds, seconds, settings
+def choice_part(seeds: list[int], seconds: float, rows: list[dict[str, Any]]) -> list[Job]:
+    del seeds, seconds, rows
     return [
         (
-            {"way": way, "seed": CHOICE_SEED, "settings": settings},
-            functools.partial(tried, settings),
+            {"start": start, "way": way, "seed": CHOICE_SEED, "settings": settings},
+            functools.partial(tried, start, settings),
         )
-        for way, each in TRIED.items()
+        for start, ways_ in TRIED.items()
+        for way, each in ways_.items()
         for settings in each
     ]
 
 
-def tried(settings: list[Any]) -> dict[str, Any]:
+def student(start: str) -> Any:
+    """Return resnet20 with the weights to start from."""
+    module = workload("cifar")
+    net = module.resnet20()
+    if start == "published":
+        net.load_state_dict(load_file(module.DATA / "models" / "cifar10_resnet20.safetensors"))
+    return net
+
+
+def tried(start: str, settings: list[Any]) -> dict[str, Any]:
     """Return accuracy in percent on the half that decides; nothing is told of the other."""
     module = workload("cifar")
-    data, net = module.data(), module.resnet20()
+    data, net = module.data(), student(start)
     made, _ = taught(net, settings, data, CHOICE_SEED, module.resnet56())
     right, before = hits(made, data["test"]), hits(net, data["test"])
     rows, _ = deciding(len(right))
@@ -253,21 +270,23 @@ def tried(settings: list[Any]) -> dict[str, Any]:
     }
 
 
-def teacher_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
+def teacher_part(seeds: list[int], seconds: float, rows: list[dict[str, Any]]) -> list[Job]:
     del seconds
     return [
         (
-            {"way": way, "seed": seed, "settings": settings[way]},
-            functools.partial(cifar_row, settings[way], seed),
+            {"start": start, "way": way, "seed": seed, "settings": settings[way]},
+            functools.partial(cifar_row, start, settings[way], seed),
         )
+        for start in TRIED
+        for settings in [chosen(rows, start) or WAYS]
         for seed in seeds
         for way in WAYS
     ]
 
 
-def cifar_row(settings: list[Any], seed: int) -> dict[str, Any]:
+def cifar_row(start: str, settings: list[Any], seed: int) -> dict[str, Any]:
     module = workload("cifar")
-    data, net, teacher = module.data(), module.resnet20(), module.resnet56()
+    data, net, teacher = module.data(), student(start), module.resnet56()
     made, _ = taught(net, settings, data, seed, teacher)
     return {
         **figures(hits(made, data["test"])),
@@ -276,8 +295,8 @@ def cifar_row(settings: list[Any], seed: int) -> dict[str, Any]:
     }
 
 
-def half_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
-    del seeds, seconds, settings
+def half_part(seeds: list[int], seconds: float, rows: list[dict[str, Any]]) -> list[Job]:
+    del seeds, seconds, rows
     return [({"way": "half the channels", "seed": 0}, half_row)]
 
 
@@ -296,8 +315,8 @@ def half_row() -> dict[str, Any]:
     }
 
 
-def sentiment_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
-    del seeds, settings
+def sentiment_part(seeds: list[int], seconds: float, rows: list[dict[str, Any]]) -> list[Job]:
+    del seeds, rows
     return [({"way": "half the blocks", "seed": 0}, lambda: sentiment_row(seconds))]
 
 
@@ -337,8 +356,8 @@ def sentiment_row(seconds: float) -> dict[str, Any]:
     }
 
 
-def precision_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
-    del seeds, seconds, settings
+def precision_part(seeds: list[int], seconds: float, rows: list[dict[str, Any]]) -> list[Job]:
+    del seeds, seconds, rows
     return [({"way": "bf16 beside fp32", "seed": 0}, precision_row)]
 
 
@@ -381,8 +400,8 @@ def trained(net: Any, batches: Any, precision: Any, epochs: float) -> None:
     )
 
 
-def resume_part(seeds: list[int], seconds: float, settings: Mapping[str, Any]) -> list[Job]:
-    del seeds, seconds, settings
+def resume_part(seeds: list[int], seconds: float, rows: list[dict[str, Any]]) -> list[Job]:
+    del seeds, seconds, rows
     return [({"way": "killed and resumed", "seed": 0}, resume_row)]
 
 
@@ -432,7 +451,7 @@ def resume_row() -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[list[int], float, Mapping[str, Any]], list[Job]]] = {
+PARTS: dict[str, Callable[[list[int], float, list[dict[str, Any]]], list[Job]]] = {
     "choice": choice_part,
     "teacher": teacher_part,
     "half": half_part,

@@ -2,7 +2,8 @@
 
     python benchmarks/quantization_peers.py [--networks resnet20,vit] [--seconds 4] [--threads 1]
 
-All quantize the same fp32 network with the same calibration samples, `lstm` dynamically. The peers
+All quantize the same fp32 network with the same calibration samples, `lstm` dynamically. `tersor
+mixed` is the stage `[mixed_precision, bias_correction]`, all with their defaults. The peers
 run in environments of their own (`.environments/quantization`, `.environments/torchao`, made on
 demand), with per-channel weights and min-max ranges where they ask (ONNX Runtime: U8S8 QDQ; NNCF:
 its defaults, over all samples; torchao: PT2E with X86InductorQuantizer's default).
@@ -67,7 +68,6 @@ RESULT = RESULTS / "quantization_peers.json"
 RUNTIMES = ("onnxruntime", "openvino")
 BATCHES = (1, 8)
 TIMEOUT_S = 3600
-OURS = {"tersor static": "static", "tersor dynamic": "dynamic", "tersor mixed": "mixed_precision"}
 ENVIRONMENTS = {
     "onnxruntime quantize_static": "quantization",
     "onnxruntime quantize_dynamic": "quantization",
@@ -191,7 +191,6 @@ def make_environment(name: str) -> None:
 
 def of_network(name: str, arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Make the files of a network and measure them; return rows and verdicts."""
-    from tersor.core import plugins
 
     workload = NETWORKS[name]
     module = script(workload.file)
@@ -203,10 +202,6 @@ def of_network(name: str, arguments: argparse.Namespace) -> tuple[list[Any], lis
     calibration, test = joined(data["calibration"]), other_half(data["test"])
     np.savez(folder / "calibration.npz", **calibration)
     np.savez(folder / "test.npz", **test)
-    known = plugins.names("techniques")
-    ours = [c for c in workload.ours if OURS[c] in known]
-    for contestant in set(workload.ours) - set(ours):
-        print(f"{name}: no technique {OURS[contestant]!r} yet, {contestant!r} is left out")
     order = {
         "workloads": str(SHARED / "workloads"),
         "workload": workload.file,
@@ -215,10 +210,10 @@ def of_network(name: str, arguments: argparse.Namespace) -> tuple[list[Any], lis
         "captured": workload.captured,
         "threads": arguments.threads,
         "seconds": arguments.seconds,
-        "beside": ["fp32", *ours],
+        "beside": ["fp32", *workload.ours],
     }
     (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
-    contestants = ["fp32", *workload.peers, *ours]
+    contestants = ["fp32", *workload.peers, *workload.ours]
     costs, failed = {}, {}
     for contestant in contestants:
         reason = job("learn", contestant, folder, arguments.threads) or job(
@@ -243,7 +238,7 @@ def of_network(name: str, arguments: argparse.Namespace) -> tuple[list[Any], lis
             rows.append(row)
             print(line(row), flush=True)
         peers = [p for p in workload.peers if p in group]
-        for our in ours:
+        for our in workload.ours:
             if our in group and peers:
                 found = verdict(our, peers, group, costs)
                 verdicts.append({"network": name, "runtime": runtime, **found})

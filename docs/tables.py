@@ -434,19 +434,20 @@ def distilled(chinese: bool) -> str:
     for item in raw["results"]:
         found.setdefault(item["part"], []).append(item)
     rows = []
-    for way in ("labels", "distilled"):
-        items = [i for i in found.get("teacher", []) if i["way"] == way]
-        items = [i for i in items if i["settings"] == raw["settings"][way]]
-        if items:
-            rows.append(
-                [
-                    f"resnet20, one epoch, {way}",
-                    spread([i["accuracy"] for i in items], "%"),
-                    f"{items[0]['original']:.2f} %",
-                    f"{items[0]['teacher']:.2f} %",
-                    "",
-                ]
-            )
+    for start, settings in raw["settings"].items():
+        for way, given in settings.items():
+            items = [i for i in found.get("teacher", []) if (i["start"], i["way"]) == (start, way)]
+            items = [i for i in items if i["settings"] == given]
+            if items:
+                rows.append(
+                    [
+                        f"resnet20, {start} weights, one epoch, {way}",
+                        spread([i["accuracy"] for i in items], "%"),
+                        f"{items[0]['original']:.2f} %",
+                        f"{items[0]['teacher']:.2f} %",
+                        "",
+                    ]
+                )
     for item in found.get("half", []):
         smaller = f"{item['times_fewer_macs']:.2f}x fewer multiply-accumulates"
         given = f"{item['teacher']:.2f} %"
@@ -460,13 +461,14 @@ def distilled(chinese: bool) -> str:
         rows.append(["sentiment, half the blocks", share, given, given, f"{faster}, one thread"])
     head = ["student", "accuracy", "before", "teacher", "cheaper than the teacher"]
     text = table(head, rows) if rows else ""
-    pooled = raw["distilled_minus_labels"]
-    if pooled is not None:
+    for start, pooled in raw["distilled_minus_labels"].items():
+        if pooled is None:
+            continue
         seeds = ", ".join(map(str, pooled["seeds"]))
         shown = "above zero" if pooled["low"] > 0 else "not shown to be above zero"
         text += (
-            f"\nDistilled minus labels, on {pooled['images']}: {interval(pooled)} points, seeds "
-            f"{seeds}: {shown}.\n"
+            f"\nFrom the {start} weights, distilled minus labels, on {pooled['images']}: "
+            f"{interval(pooled)} points, seeds {seeds}: {shown}.\n"
         )
     for item in found.get("precision", []):
         accuracy = interval(item["bf16_minus_fp32"])
