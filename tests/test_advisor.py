@@ -190,6 +190,9 @@ def test_a_resumed_run_follows_the_same_advice(
     assert report["command"].endswith("--minutes 3")
     (stage,) = report["stages"]
     assert (stage["name"], stage["predicted"]) == ("fuse_batch_norm", [1.0, 1.5])
+    code, _, err = talk(capsys, *auto, "--minutes", "9")
+    assert code == 0
+    assert "had ended; --minutes 9 changes nothing" in err
 
 
 def test_only_auto_takes_minutes(script: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,6 +130,8 @@ def recipe_of(
     kept = kept_of(out)
     if resume and (earlier := _earlier(kept, out)) is not None:
         recipe, predicted, allowed = earlier
+        if allowed is None and minutes is not None:
+            tell(f"the run in {out} had ended; --minutes {minutes:g} changes nothing")
         if None not in (minutes, allowed) and minutes != allowed:
             raise RecipeError(
                 f"cannot resume: the advice for {out} was given for --minutes {allowed:g}, not "
