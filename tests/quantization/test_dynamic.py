@@ -118,7 +118,7 @@ def test_lstms_run_in_integers_on_onnxruntime(settings: dict[str, Any], tmp_path
     torch.manual_seed(0)
     net = Recurrent(**settings).eval()
     made, context = quantized(net, tmp_path)
-    assert context.facts == {"layers": 2, "left_in_float": {}}
+    assert context.facts == {"layers": 2, "embeddings": 0, "left_in_float": {}}
     model = lower(made, "onnx", INPUTS)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")

@@ -28,6 +28,7 @@ def test_eight_bits_are_a_row_each_by_default(tiny_context: Any) -> None:
     assert isinstance(made.get_submodule("conv1"), QuantConv2d)
     assert context.facts == {
         "layers": 9,
+        "embeddings": 0,
         "left_in_float": {},
         "bits": 8,
         "group_sizes": {},

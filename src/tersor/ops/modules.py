@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tersor.core.errors import RecipeError, suggest
 from tersor.core.layers import Layers
-from tersor.ops.quantize import symmetric_codes
+from tersor.ops.quantize import channel_scales, symmetric_codes
 
 _OPS = torch.ops.quantized_decomposed
 _Sizes = int | tuple[int, ...]
@@ -323,6 +323,42 @@ class GroupedLinear(nn.Module):
         return self.compute(x, self.values(), self.bias)
 
 
+class QuantEmbedding(nn.Module):
+    """Embedding with int8 rows, one scale for each row; it looks codes up and multiplies.
+
+    Source:
+        Row-wise scales as in Guan et al., arXiv:1911.02079; symmetric, where theirs have a zero.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    num_embeddings: int
+    embedding_dim: int
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.register_buffer("weight", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(num_embeddings, 1))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+
+    def values(self) -> Tensor:
+        """Return the float rows that the codes stand for."""
+        return self.weight.to(self.scale.dtype) * self.scale
+
+    def grid(self) -> Grid:
+        """Return what the codes mean, with one entry for each weight after broadcasting."""
+        return Grid(self.scale, torch.zeros_like(self.scale, dtype=torch.int64), -127, 127)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look rows up, (...) -> (..., D)."""
+        codes = F.embedding(x, self.weight).to(self.scale.dtype)
+        return codes * F.embedding(x, self.scale)
+
+
 INTEGER = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear)
 QUANTIZED = (*INTEGER, GroupedLinear)
 
@@ -408,6 +444,19 @@ def quantized(layer: nn.Module, scale_O: Tensor, bits: int = 8) -> nn.Module:
     made.weight, made.scale = codes, scale_O
     made.register_parameter("bias", layer.bias)  # type: ignore[arg-type]  # the stubs forget None
     return made.train(layer.training)
+
+
+def quantized_embedding(layer: nn.Embedding) -> QuantEmbedding:
+    """Return an embedding like `layer` with int8 rows.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    made = QuantEmbedding(layer.num_embeddings, layer.embedding_dim)
+    rows_VD = layer.weight.detach()
+    scale_V = channel_scales(rows_VD)
+    made.weight, made.scale = symmetric_codes(rows_VD, scale_V), scale_V[:, None]
+    return made.eval()
 
 
 def _arguments(layer: nn.Module) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,7 +19,14 @@ from tersor.ops.calibrate import histograms
 from tersor.ops.capture import annotate, capture
 from tersor.ops.fake_quantize import FakeLayer, FakeRounding, Ranges
 from tersor.ops.fold import find_batch_norms, fold_batch_norms
-from tersor.ops.modules import Quantize, check_patterns, quantized, rows, why_not
+from tersor.ops.modules import (
+    Quantize,
+    check_patterns,
+    quantized,
+    quantized_embedding,
+    rows,
+    why_not,
+)
 from tersor.ops.placement import Point, insert, place
 from tersor.ops.quantize import activation_grid, channel_scales
 from tersor.ops.twin import remember
@@ -37,7 +45,7 @@ def choose(captured: fx.GraphModule, layers: Layers) -> tuple[list[str], dict[st
         for n in called
         if isinstance(modules[n], _LAYERS) or why_not(modules[n]) == "quantized before"
     ]
-    check_patterns(layers, names)
+    check_patterns(layers, [*names, *embeddings(captured)])
     chosen, left = [], {}
     for name in names:
         reason = why_not(modules[name])
@@ -58,6 +66,47 @@ def choose(captured: fx.GraphModule, layers: Layers) -> tuple[list[str], dict[st
         )
     )
     return chosen, left
+
+
+def embeddings(captured: fx.GraphModule) -> list[str]:
+    """Return the embeddings that a graph calls."""
+    called = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
+    return [n for n, m in captured.named_modules() if n in called and isinstance(m, nn.Embedding)]
+
+
+def round_embeddings(captured: fx.GraphModule, layers: Layers) -> tuple[list[str], dict[str, str]]:
+    """Give embeddings int8 rows: a table is looked up, not multiplied, so this saves room only.
+
+    Returns:
+        The embeddings, and why others stay as they are.
+
+    Raises:
+        ModelError: weights are NaN or infinite.
+    """
+    read = {str(n.target).rpartition(".")[0] for n in captured.graph.nodes if n.op == "get_attr"}
+    done, left = [], {}
+    for name in embeddings(captured):
+        layer = captured.get_submodule(name)
+        assert isinstance(layer, nn.Embedding)
+        if name in read:
+            left[name] = "an embedding whose table is read elsewhere, too"
+        elif layer.max_norm is not None:
+            left[name] = "an embedding with max_norm"
+        elif layer.weight.dtype is not torch.float32:
+            left[name] = f"its weights are {str(layer.weight.dtype).removeprefix('torch.')}"
+        elif not layers.holds(name):
+            left[name] = "excluded by layers"
+        else:
+            done.append(name)
+    remember(captured)
+    for name in done:
+        layer = captured.get_submodule(name)
+        assert isinstance(layer, nn.Embedding)
+        try:
+            captured.set_submodule(name, quantized_embedding(layer))
+        except ValueError as error:
+            raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
+    return done, left
 
 
 def measure_ranges(
@@ -233,6 +282,7 @@ def make_trainable(
         for point, start in rounded
     ]
     insert(captured, trained)
+    left.update(dict.fromkeys(embeddings(captured), "an embedding; training leaves it as it is"))
     context.record(
         layers=len(chosen),
         left_in_float=left,

@@ -15,7 +15,7 @@ from tersor.ops.capture import capture
 from tersor.ops.dynamic import QuantDynamicLinear, QuantDynamicLSTM
 from tersor.ops.modules import check_patterns, why_not
 from tersor.ops.quantize import channel_scales, symmetric_codes
-from tersor.ops.twin import remember
+from tersor.quantization._integer import embeddings, round_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ def dynamic(net: nn.Module, config: Dynamic, context: Context) -> nn.Module:
     Weights get one scale for each row, inputs one for the whole tensor, from its smallest and
     largest value each time. That costs a pass over the input, which pays where weights are large
     and inputs few. LSTMs become integers on ONNX Runtime on the CPU alone, which has an operator
-    for them; GRUs nowhere. Layers in float are in the facts, with the reason.
+    for them; GRUs nowhere. Embeddings get int8 rows. Layers in float are in the facts, with the
+    reason.
 
     Raises:
         UnfitError: no layer can be quantized for this target.
@@ -54,7 +55,7 @@ def dynamic(net: nn.Module, config: Dynamic, context: Context) -> nn.Module:
         for name, layer in captured.named_modules()
         if name in called and (isinstance(layer, kinds) or why_not(layer) == "quantized before")
     }
-    check_patterns(config.layers, list(layers))
+    check_patterns(config.layers, [*layers, *embeddings(captured)])
     left: dict[str, str] = {}
     for name, layer in layers.items():
         reason = _why_not(layer, context.target)
@@ -66,13 +67,13 @@ def dynamic(net: nn.Module, config: Dynamic, context: Context) -> nn.Module:
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise UnfitError(f"no layer can be quantized dynamically ({why or 'none is linear'})")
-    remember(captured)
+    tables, kept = round_embeddings(captured, config.layers)
     for name in context.track(chosen, "rounding weights"):
         try:
             captured.set_submodule(name, _rounded(layers[name]))
         except ValueError as error:
             raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
-    context.record(layers=len(chosen), left_in_float=left)
+    context.record(layers=len(chosen), embeddings=len(tables), left_in_float={**left, **kept})
     return captured
 
 

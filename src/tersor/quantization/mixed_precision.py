@@ -30,6 +30,7 @@ from tersor.quantization._integer import (
     make_integer,
     measure_points,
     measure_ranges,
+    round_embeddings,
     weight_scales,
 )
 from tersor.quantization._sensitivity import FLOAT, sensitivities
@@ -150,6 +151,7 @@ def mixed_precision(net: nn.Module, config: MixedPrecision, context: Context) ->
     split_attention(captured, context.inputs)
     fold_batch_norms(captured, context.inputs)
     chosen, left = choose(captured, config.layers)
+    tables, kept = round_embeddings(captured, config.layers)
     if not chosen:
         raise UnfitError("no layer of this network can get integer weights")
     counts = {name: _weights(captured, name).numel() for name in chosen}
@@ -168,7 +170,8 @@ def mixed_precision(net: nn.Module, config: MixedPrecision, context: Context) ->
     left.update({name: "float has the least loss here" for name in chosen if bits[name] == FLOAT})
     context.record(
         layers=len(integers),
-        left_in_float=left,
+        embeddings=len(tables),
+        left_in_float={**left, **kept},
         sensitivities={n: {str(b): loss for b, loss in own.items()} for n, own in losses.items()},
         recipe={"mixed_precision": {"assign": [f"{name}={bits[name]}" for name in chosen]}},
         size=sum(counts[n] * bits[n] for n in chosen) / (FLOAT * sum(counts.values())),

@@ -16,6 +16,7 @@ from tersor.quantization._integer import (
     choose,
     make_integer,
     measure_ranges,
+    round_embeddings,
     weight_scales,
 )
 
@@ -67,8 +68,8 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
     """Capture the network, fold batch norms, measure ranges, and round.
 
     The result is a graph whose layers hold int8 weights and whose tensors are rounded where
-    runtimes fuse it (`ops.placement`). Bias stays float. Layers in float are in the facts, with the
-    reason.
+    runtimes fuse it (`ops.placement`). Bias stays float. Embeddings get int8 rows. Layers in float
+    are in the facts, with the reason.
 
     Source:
         Jacob et al., arXiv:1712.05877: integer-arithmetic-only inference, after training. Scales of
@@ -83,8 +84,9 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         chosen = [name for name in chosen if name not in ends]
         left.update(dict.fromkeys(sorted(ends), "first or last layer"))
     context.record(batch_norms_folded=folded)
+    tables, kept = round_embeddings(captured, config.layers)
+    context.record(layers=len(chosen), embeddings=len(tables), left_in_float={**left, **kept})
     if not chosen:
-        context.record(layers=0, left_in_float=left)
         return captured
     rounded, samples = measure_ranges(
         captured,
@@ -105,11 +107,5 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
     if not config.per_channel:
         scales = {name: s.max().expand_as(s).clone() for name, s in scales.items()}
     make_integer(captured, scales, dict.fromkeys(chosen, bits), rounded, context)
-    context.record(
-        layers=len(chosen),
-        left_in_float=left,
-        roundings=len(rounded),
-        calibrator=config.calibrator,
-        samples=samples,
-    )
+    context.record(roundings=len(rounded), calibrator=config.calibrator, samples=samples)
     return captured

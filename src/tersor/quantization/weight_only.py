@@ -14,7 +14,7 @@ from tersor.ops.capture import capture
 from tersor.ops.fold import fold_batch_norms
 from tersor.ops.modules import GroupedLinear, check_patterns, quantized, rows, why_not
 from tersor.ops.quantize import channel_scales, group_codes
-from tersor.ops.twin import remember
+from tersor.quantization._integer import embeddings, round_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,9 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
 
     Rounding is to nearest; `adaround` in the same stage learns it. The runtimes multiply in
     float32; whether that is faster than float weights depends on memory bandwidth. Convolutions get
-    one symmetric scale for each output channel whatever the group size. Batch norms are folded
-    first, which changes no code: a channel's scale takes them in.
+    one symmetric scale for each output channel whatever the group size. Embeddings get 8 bits, a
+    scale for each row, whatever `bits`. Batch norms are folded first, which changes no code: a
+    channel's scale takes them in.
 
     Raises:
         RecipeError: the group size does not divide a layer's columns; a pattern matches no layer.
@@ -63,7 +64,7 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
         for name, layer in captured.named_modules()
         if name in called and (why_not(layer) is None or why_not(layer) == "quantized before")
     }
-    check_patterns(config.layers, list(layers))
+    check_patterns(config.layers, [*layers, *embeddings(captured)])
     left: dict[str, str] = {}
     chosen: dict[str, nn.Module] = {}
     for name, layer in layers.items():
@@ -79,7 +80,7 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
     for name, layer in chosen.items():
         if isinstance(layer, nn.Linear):
             _check_size(name, layer.in_features, config)
-    remember(captured)
+    tables, kept = round_embeddings(captured, config.layers)
     for name, layer in context.track(chosen.items(), "rounding weights", len(chosen)):
         try:
             captured.set_submodule(name, _rounded(layer, config))
@@ -88,7 +89,8 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
     sizes = {n: m.group_size for n, m in captured.named_modules() if isinstance(m, GroupedLinear)}
     context.record(
         layers=len(chosen),
-        left_in_float=left,
+        embeddings=len(tables),
+        left_in_float={**left, **kept},
         bits=config.bits,
         group_sizes=sizes,
         batch_norms_folded=folded,
