@@ -23,6 +23,8 @@ _CODES = {
     "DynamicQuantizeLSTM": (1, 2, 3),
 }
 """Inputs that hold numbers of the network; the others are scales and zero points."""
+_STORED = (3, 17, 19)
+"""Data types of weights that a cast widens: INT8, FLOAT8E4M3FN, FLOAT8E5M2."""
 COUNTED = (
     *_INNER,
     *_CONV,
@@ -92,10 +94,17 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
     codes: set[str] = set()
     weights: set[str] = set()
     packed: dict[str, Any] = {}
+    small = {tensor.name for tensor in model.graph.initializer if tensor.data_type in _STORED}
+    wide: set[str] = set()
     for node in nodes:
         given = list(node.input)
         kind = node.op_type
-        if kind == "MatMulNBits":
+        if kind == "Cast" and given[0] in small:
+            codes.add(given[0])
+            wide.update(node.output)
+        elif kind == "Mul" and wide & set(given):
+            pass  # by scales
+        elif kind == "MatMulNBits":
             packed[given[1]] = node
             weights.update([given[0], *given[4:]])
         elif kind in _CODES:
