@@ -82,6 +82,25 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
         model: onnx.ModelProto.
         zeros: Count numbers that are zero, too; those packed in less than a byte all count.
     """
+    nodes = list(_all_nodes(model.graph))
+    counted, packed = _weights(model, nodes)
+    total = 0
+    for name, tensor in _constants(model.graph, nodes):
+        if name in packed:
+            total += _packed_numbers(packed[name], tensor, zeros)
+        elif name in counted:
+            total += math.prod(tensor.dims) if zeros else _nonzeros(tensor)
+    return total
+
+
+def weight_names(model: Any) -> set[str]:
+    """Name the constants that hold weights, biases and gains, in floats or codes."""
+    counted, packed = _weights(model, list(_all_nodes(model.graph)))
+    return counted | packed.keys()
+
+
+def _weights(model: Any, nodes: list[Any]) -> tuple[set[str], dict[str, Any]]:
+    """Return the names of constants whose numbers count, and of packed ones with their users."""
     import onnx
 
     floats = (
@@ -90,7 +109,6 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
         onnx.TensorProto.FLOAT16,
         onnx.TensorProto.BFLOAT16,
     )
-    nodes = list(_all_nodes(model.graph))
     codes: set[str] = set()
     weights: set[str] = set()
     packed: dict[str, Any] = {}
@@ -113,13 +131,12 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
             weights.update(given[:3])  # not the running statistics
         else:
             weights.update(given)
-    total = 0
-    for name, tensor in _constants(model.graph, nodes):
-        if name in packed:
-            total += _packed_numbers(packed[name], tensor, zeros)
-        elif name in codes or (name in weights and tensor.data_type in floats and len(tensor.dims)):
-            total += math.prod(tensor.dims) if zeros else _nonzeros(tensor)
-    return total
+    counted = {
+        name
+        for name, tensor in _constants(model.graph, nodes)
+        if name in codes or (name in weights and tensor.data_type in floats and len(tensor.dims))
+    }
+    return counted - packed.keys(), packed
 
 
 def _nonzeros(tensor: Any) -> int:
