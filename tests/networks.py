@@ -140,6 +140,21 @@ class WrittenTransformer(nn.Module):
 _TRAINED: dict[str, dict[str, Tensor]] = {}
 
 
+class AttendingRows(nn.Module):
+    """Eight rows of a digit as tokens for nn.MultiheadAttention, which hides its projections."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True, **settings)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x.flatten(1, 2))
+        made: Tensor = self.fc(self.attention(y, y, y, need_weights=False)[0].mean(1))
+        return made
+
+
 def digits() -> tuple[Tensor, Tensor]:
     """Real handwritten digits: images (1797,1,8,8) in [0,1] and labels."""
     raw = load_digits()

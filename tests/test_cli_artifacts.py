@@ -242,6 +242,42 @@ def test_inspect_finds_structure(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert any(line.startswith("b ") and line.endswith("16.7 %  8x4 blocks") for line in lines)
 
 
+@pytest.mark.parametrize("step", ["static", "weight_only", "half"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch_eager", "torch_export"])
+def test_the_zeros_of_all_are_those_of_weights(step: str, runtime: str, tmp_path: Path) -> None:
+    """Of a pruned network with zero points, scales, shapes, and biases that are not zero."""
+    import torch
+
+    from tersor._cli_inspect import _totals
+    from tersor._cli_tensors import of_file, of_net
+    from tersor.core import plugins
+    from tersor.ops.lower import lower
+    from tersor.quantization.half import Half, half
+    from tersor.quantization.static import Static, static
+    from tersor.quantization.weight_only import WeightOnly, weight_only
+    from tests import networks
+
+    pytest.importorskip(runtime.partition("_")[0])
+    context = networks.context(net := networks.sparse_cnn(), tmp_path / "work")
+    if step == "static":
+        made = static(net, Static(), context)
+    elif step == "weight_only":
+        made = weight_only(net, WeightOnly(), context)
+    else:
+        made = half(net, Half(format="fp8_e4m3"), context)
+    weights = [layer.weight for layer in made.modules() if isinstance(getattr(layer, "weight", None), torch.Tensor)]  # fmt: skip
+    zeros = sum(int((weight.float() == 0).sum()) for weight in weights)
+    numbers = sum(w.numel() for w in weights) + sum(p.numel() for p in made.parameters())
+    assert _totals(of_net(made))["sparsity"] == pytest.approx(zeros / numbers, abs=1e-3)
+    found = plugins.runtime(runtime)
+    lowered = lower(made, found.takes, networks.inputs())
+    files = found.export(lowered, tmp_path, networks.inputs())
+    file = next(f for f in files if f.suffix in (".onnx", ".xml", ".pt2", ".safetensors"))
+    constants = of_file(file)
+    assert sum(each.count for each in constants if each.weight) == pytest.approx(numbers, rel=0.01)
+    assert _totals(constants)["sparsity"] == pytest.approx(zeros / numbers, abs=0.01)
+
+
 def test_constants_of_openvino_and_safetensors_files(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

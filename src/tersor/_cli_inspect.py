@@ -156,10 +156,11 @@ def _share(found: "Sequence[Constant]") -> float:
 
 
 def _totals(found: "Sequence[Constant]") -> dict[str, Any]:
+    """Sum up; what is no weight, such as a zero point, has no part in the sparsity."""
     return {
         "numbers": sum(each.count for each in found),
         "bytes": sum(each.size_bytes for each in found),
-        "sparsity": _share(found),
+        "sparsity": _share([each for each in found if each.weight]),
     }
 
 

@@ -16,10 +16,16 @@ import numpy as np
 
 from tersor.core.errors import ModelError
 from tersor.core.sparsity import Structure, find_structure
-from tersor.ops.onnx_count import zero_codes
+from tersor.ops.onnx_count import weight_names, zero_codes
 
 _IR = {"f32": "f4", "f16": "f2", "bf16": "bf16", "i8": "i1", "u8": "u1", "i32": "i4", "i64": "i8"}
 _SAFE = {"F32": "f4", "F16": "f2", "BF16": "bf16", "I8": "i1", "U8": "u1", "I32": "i4", "I64": "i8"}
+_FLOAT8 = {
+    "f8e4m3": "float8_e4m3fn",
+    "f8e5m2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 _NAMES = {
     "f4": "float32",
     "f2": "float16",
@@ -29,6 +35,9 @@ _NAMES = {
     "i4": "int32",
     "i8": "int64",
 }
+
+_BESIDE = ("zero", "scale", "nothing", "running_mean", "running_var")
+"""Last parts of names of what stands beside weights, in tersor's layers and batch norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,9 @@ class Constant:
     size_bytes: int
     zeros: int
     """Elements that are exactly 0."""
+    weight: bool
+    """Whether its elements are weights, biases or gains, in floats or codes; not scales, zero
+    points, running statistics, or the sizes that a graph computes with."""
     structure: Structure
     """What the zeros of a matrix or kernel have in common."""
 
@@ -59,6 +71,7 @@ def of_net(net: Any) -> list[Constant]:
         return list(_of_onnx(net))
     modules = dict(net.named_modules()) if hasattr(net, "named_modules") else {}
     state = net.state_dict() if callable(net.state_dict) else net.state_dict
+    parameters = {name for name, _ in net.named_parameters()}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     found = []
     for name, tensor in state.items():
@@ -78,6 +91,7 @@ def of_net(net: Any) -> list[Constant]:
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 size_bytes=tensor.numel() * tensor.element_size(),
                 zeros=int(zero.sum()),
+                weight=name in parameters or _holds_codes(name, str(tensor.dtype)),
                 structure=find_structure(
                     zero,
                     input_axis=0 if "ConvTranspose" in kind else 1,
@@ -86,6 +100,14 @@ def of_net(net: Any) -> list[Constant]:
             )
         )
     return found
+
+
+def _holds_codes(name: str, dtype: str) -> bool:
+    """Tell whether a buffer holds a weight in fewer bits."""
+    leaf = name.rpartition(".")[2]
+    return dtype.removeprefix("torch.").startswith(("int8", "uint8", "float8", "float16")) and (
+        leaf not in _BESIDE
+    )
 
 
 def of_file(file: Path) -> list[Constant]:
@@ -109,6 +131,7 @@ def of_file(file: Path) -> list[Constant]:
 def _of_onnx(model: Any) -> Iterator[Constant]:
     from onnx import numpy_helper
 
+    weights = weight_names(model)
     users = {name: node for node in model.graph.node for name in node.input}
     for each in model.graph.initializer:
         array = numpy_helper.to_array(each)
@@ -121,6 +144,7 @@ def _of_onnx(model: Any) -> Iterator[Constant]:
             dtype=str(array.dtype),
             size_bytes=-(-array.size * bits // 8),
             zeros=int(np.count_nonzero(zero)),
+            weight=each.name in weights,
             structure=find_structure(
                 zero,
                 input_axis=_input_axis(users, each.name),
@@ -155,7 +179,9 @@ def _input_axis(users: Mapping[str, Any], name: str) -> int:
 def _of_ir(file: Path) -> Iterator[Constant]:
     """Read the constants of an OpenVINO IR: places in the .bin file beside it."""
     data = np.memmap(file.with_suffix(".bin"), np.uint8, "r")
-    for layer in ElementTree.parse(file).getroot().iter("layer"):
+    root = ElementTree.parse(file).getroot()
+    beside = _beside(root)
+    for layer in root.iter("layer"):
         place = layer.find("data")
         if layer.get("type") != "Const" or place is None:
             continue
@@ -166,7 +192,48 @@ def _of_ir(file: Path) -> Iterator[Constant]:
             raise ModelError(f"{file.name}: constant {layer.get('name')!r} lies outside the .bin")
         raw = data[start : start + size]
         name = layer.get("name", "")
-        yield _constant(name, shape, _IR.get(kind, ""), kind, raw)
+        weight = _is_weight(kind, shape) and layer.get("id", "") not in beside
+        yield _constant(name, shape, _IR.get(kind, ""), kind, raw, weight)
+
+
+def _is_weight(kind: str, shape: tuple[int, ...]) -> bool:
+    """Tell by its type whether a constant may be a weight; a single number is none."""
+    return kind.lower().startswith(("f", "bf", "i8", "u8", "i4", "u4", "u2", "nf4")) and (
+        math.prod(shape) > 1
+    )
+
+
+def _beside(root: ElementTree.Element) -> set[str]:
+    """Name the constants of an IR that are zero points or scales of codes."""
+    layers = {layer.get("id", ""): layer for layer in root.iter("layer")}
+    kinds = {name: layer.get("type", "") for name, layer in layers.items()}
+    into: dict[str, list[tuple[int, str]]] = {}
+    for edge in root.iter("edge"):
+        place = int(edge.get("to-port", 0)), edge.get("from-layer", "")
+        into.setdefault(edge.get("to-layer", ""), []).append(place)
+
+    def source(name: str) -> str:
+        """Return what a chain of conversions begins with."""
+        while kinds.get(name) in ("Convert", "Reshape") and name in into:
+            name = min(into[name])[1]
+        return name
+
+    def coded(name: str) -> bool:
+        place = layers[name].find("data") if kinds.get(name) == "Const" else None
+        kind = "" if place is None else place.get("element_type", "")
+        return kind in ("i8", "u8", "i4", "u4", "u2", "nf4", "f8e4m3", "f8e5m2")
+
+    found: set[str] = set()
+    for name, given in into.items():
+        sides = [source(each) for _, each in sorted(given)]
+        if kinds.get(name) == "Subtract" and coded(sides[0]):
+            found.add(sides[1])
+        elif kinds.get(name) == "Multiply":
+            inner = [source(min(into[s])[1]) if kinds.get(s) == "Subtract" else s for s in sides]
+            found |= {sides[1 - i] for i, side in enumerate(inner[:2]) if coded(side)}
+        elif kinds.get(name) == "FakeQuantize":
+            found |= set(sides[1:])
+    return found
 
 
 def _of_safetensors(file: Path) -> Iterator[Constant]:
@@ -182,21 +249,32 @@ def _of_safetensors(file: Path) -> Iterator[Constant]:
         start, stop = entry["data_offsets"]
         kind = entry["dtype"]
         layer = name.rpartition(".")[0] or name
-        yield _constant(layer, tuple(entry["shape"]), _SAFE.get(kind, ""), kind, data[start:stop])
+        shape = tuple(entry["shape"])
+        leaf = name.rpartition(".")[2]
+        beside = leaf in _BESIDE or leaf.endswith("_scale")
+        weight = kind.startswith(("F", "BF", "I8", "U8")) and not beside
+        yield _constant(layer, shape, _SAFE.get(kind, ""), kind, data[start:stop], weight)
 
 
-def _constant(name: str, shape: tuple[int, ...], code: str, kind: str, raw: np.ndarray) -> Constant:
+def _constant(
+    name: str, shape: tuple[int, ...], code: str, kind: str, raw: np.ndarray, weight: bool
+) -> Constant:
     zero = np.zeros(0, bool)
+    if kind in _FLOAT8:
+        code = "f8"
     if code == "bf16":  # +0 and -0
         zero = (raw.view(np.uint16) & 0x7FFF) == 0
+    elif code == "f8":
+        zero = (raw & 0x7F) == 0
     elif code:
         zero = raw.view(code) == 0
     return Constant(
         layer=name,
         kind="",
         shape=shape,
-        dtype=_NAMES.get(code, kind),
+        dtype=_FLOAT8.get(kind, _NAMES.get(code, kind)),
         size_bytes=len(raw),
         zeros=int(np.count_nonzero(zero)),
+        weight=weight,
         structure=find_structure(zero.reshape(shape) if code else zero, rounded=code[:1] in "iu"),
     )

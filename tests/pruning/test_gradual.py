@@ -216,3 +216,15 @@ def test_what_cannot_be_done_is_said_before_training(tiny_context: Make) -> None
         gradual(net, Gradual(), tiny_context(net, data=Data()))
     with pytest.raises(UnfitError, match=r"a sparsity of 0\.9999 would leave no weight in layer"):
         gradual(net, Gradual(sparsity=0.9999, scope="global"), tiny_context(net))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_projections_of_attention_are_pruned(criterion: Any, tiny_context: Make) -> None:
+    net = networks.AttendingRows(vdim=16)
+    context = tiny_context(net)
+    trained = gradual(net, Gradual(sparsity=0.7, criterion=criterion, every=3), context)
+    found = sparsity(trained)
+    assert found["attention.in_proj_weight"] == pytest.approx(0.7, abs=0.01)
+    assert set(context.facts["sparsity_by_layer"]) >= {"attention.in_projection", "fc"}
+    assert not list(trained.buffers())
+    masks.settle(trained)

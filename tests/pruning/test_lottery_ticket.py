@@ -192,3 +192,14 @@ def test_what_cannot_be_done_is_said_before_training(tiny_context: Make) -> None
     net = networks.tiny_cnn()
     with pytest.raises(DataError, match="lottery_ticket needs training data; give `train` batch"):
         lottery_ticket(net, LotteryTicket(), tiny_context(net, data=Data()))
+
+
+@pytest.mark.parametrize("rewind", ["given", "initial"])
+def test_projections_of_attention_are_pruned(rewind: Any, tiny_context: Make) -> None:
+    net = networks.AttendingRows()
+    context = tiny_context(net)
+    config = LotteryTicket(sparsity=0.7, rounds=2, rewind=rewind, epochs=0.3)
+    made = masks.settle(lottery_ticket(net, config, context))
+    weight = made.attention.in_proj_weight
+    assert int((weight == 0).sum()) == int(0.7 * weight.numel())
+    assert context.facts["sparsity_by_layer"]["attention.in_projection"] == pytest.approx(0.7, 0.01)

@@ -190,3 +190,52 @@ def test_integer_weights_are_refused(tiny_context: Make) -> None:
     rounded = weight_only(net, WeightOnly(), context)
     with pytest.raises(UnfitError, match=r"'conv1': its weights are int8; prune before they are r"):
         magnitude(rounded, Magnitude(), context)
+
+
+def test_projections_of_attention_are_pruned(tiny_context: Make) -> None:
+    net = networks.AttendingRows().eval()
+    before = net.attention.in_proj_weight.detach().clone()
+    context = tiny_context(net)
+    assert magnitude(net, Magnitude(sparsity=0.8), context) is net
+    after = net.attention.in_proj_weight.detach()
+    assert int((after == 0).sum()) == int(0.8 * after.numel())
+    assert float(after[after != 0].abs().min()) >= float(before[after == 0].abs().max())
+    assert context.facts["sparsity_by_layer"].keys() == {
+        "embed",
+        "attention.in_projection",
+        "attention.out_proj",
+        "fc",
+    }
+    assert context.facts["sparsity"] == pytest.approx(0.8, abs=2e-3)
+    assert context.facts["left"] == {}
+    net.attention.in_proj_weight.data[after == 0] = 1.0
+    with pytest.raises(
+        StepError, match=r"layer 'attention' was pruned to 79\.95% zeros, but 614 of"
+    ):
+        masks.settle(net)
+
+
+def test_projections_of_other_widths_are_pruned_by_name(tiny_context: Make) -> None:
+    net = networks.AttendingRows(kdim=16, vdim=12)
+    layers = Layers(patterns=("*.in_projection_?", "!*_k"))
+    context = tiny_context(net)
+    magnitude(net, Magnitude(layers=layers), context)
+    own = net.attention
+    shares = [
+        float((w == 0).float().mean())
+        for w in (own.q_proj_weight, own.k_proj_weight, own.v_proj_weight, own.out_proj.weight)
+    ]
+    assert shares == [0.5, 0, 0.5, 0]
+    assert context.facts["left"]["attention.in_projection_k"] == "excluded by layers"
+    assert masks.settle(net) is net
+    assert not [name for name in vars(own) if name.startswith("tersor")]
+
+
+def test_layers_that_cannot_be_pruned_are_told(tiny_context: Make) -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(9, 4), "gru": nn.GRU(4, 4), "fc": nn.Linear(4, 2)})
+    context = tiny_context(net)
+    magnitude(net, Magnitude(), context)
+    assert context.facts["left"] == {
+        "embed": "Embedding: only linear layers and convolutions are pruned",
+        "gru": "GRU: only linear layers and convolutions are pruned",
+    }

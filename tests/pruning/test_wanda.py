@@ -260,3 +260,13 @@ def test_weights_of_another_float_type_keep_it(tiny_context: Any) -> None:
         made: Any = apply(copy.deepcopy(net), config, context)  # type: ignore[operator]  # of its own config
         assert made.first.weight.dtype is torch.bfloat16
         assert int((made.first.weight == 0).sum()) == 12 * 8
+
+
+def test_attention_that_is_not_split_is_told(tiny_context: Any) -> None:
+    context = tiny_context(net := networks.AttendingRows(add_bias_kv=True).eval())
+    wanda(net, Wanda(), context)
+    reason = "inside attention of a form that is not split into layers, so its inputs are unknown"
+    assert context.facts["left"] == {
+        "attention.in_projection": reason,
+        "attention.out_proj": reason,
+    }

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tersor.core import plugins
-from tersor.core.errors import ModelError, TargetError, UnfitError
+from tersor.core.errors import ModelError, RecipeError, StepError, TargetError, UnfitError
+from tersor.core.layers import Layers
 from tersor.core.runtime import Target
 from tersor.ops import edits
 from tersor.ops.float8 import DTYPES, float8
@@ -161,6 +162,91 @@ def test_fp8_is_refused_for_a_runtime_that_does_not_read_it() -> None:
     ):
         check_weights("fp8_e4m3", Target(runtime="openvino"), {**runtimes, "openvino": old})
     check_weights("fp8_e5m2", Target(runtime="openvino"), {**runtimes, "openvino": old})
+
+
+def test_fp8_leaves_layers_that_are_excluded(tiny_context: Any) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net)
+    made = half(net, Half(format="fp8_e4m3", layers=Layers(patterns=("!fc",))), context)
+    assert isinstance(made.get_submodule("fc"), nn.Linear)
+    assert context.facts["layers"] == 8
+    assert context.facts["left_in_float"] == {"fc": "excluded by layers"}
+    with pytest.raises(RecipeError, match=r"pattern '!fcc' matches no layer. Did you mean 'fc'"):
+        half(net, Half(format="fp8_e4m3", layers=Layers(patterns=("!fcc",))), context)
+    with pytest.raises(StepError, match="layers excludes everything that has weights: conv1, "):
+        half(net, Half(format="fp8_e4m3", layers=Layers(patterns=("!*",))), context)
+
+
+def test_recurrent_layers_that_stay_are_told(tiny_context: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.fc = nn.GRU(8, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = self.fc(self.rnn(x.flatten(1, 2))[0].mean(1))
+            return made
+
+    context = tiny_context(net := Net())
+    half(net, Half(format="fp8_e4m3"), context)
+    assert context.facts["left_in_float"] == {
+        "rnn": "GRU has no form with 8-bit floating point here"
+    }
+
+
+@pytest.mark.parametrize("runtime", ["torch_eager", "torch_export"])
+def test_sensitive_layers_compute_in_fp32(runtime: str, tiny_context: Any, tmp_path: Path) -> None:
+    """The first layer alone in bf16: the network is as far off as when it is computed by hand."""
+    net = networks.tiny_cnn()
+    target = Target(runtime=runtime, options={"threads": 1, "precision": "bf16"})
+    context = tiny_context(net, target=target)
+    config = Half(layers=Layers(patterns=("conv1",)))
+    made = half(copy.deepcopy(net), config, context)
+    assert context.facts["layers"] == 1
+    assert context.facts["left_in_float"]["fc"] == "excluded by layers"
+    x = networks.digits()[0][:64]
+    with torch.no_grad():
+        plain = net(x)
+        torch.testing.assert_close(made(x), plain, rtol=0, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            whole = net(x).float()
+            net.conv1.register_forward_hook(lambda *call: call[2].float())
+            first = net.conv1(x)
+        net.conv1._forward_hooks.clear()
+        net.conv1.register_forward_hook(lambda *call: first)
+        wanted = net(x)
+    found = plugins.runtime(runtime)
+    files = found.export(lower(made, found.takes, networks.inputs()), tmp_path, networks.inputs())
+    got = next(iter(found.load(files[0], target).bind({"x": x.numpy()})().values()))
+    assert got.dtype == np.float32
+    error = np.abs(got - wanted.numpy()).max()
+    assert error < 1e-4 * float(wanted.abs().max())
+    assert error < 0.05 * float((whole - wanted).abs().max())
+    assert not np.allclose(got, plain.numpy(), atol=1e-5)
+
+
+def test_layers_in_fp32_are_stored_and_replayed(tiny_context: Any, tmp_path: Path) -> None:
+    net = networks.tiny_transformer()
+    context = tiny_context(net, target=Target(runtime="torch_eager"))
+    made = half(copy.deepcopy(net), Half(layers=Layers(patterns=("!embed",))), context)
+    edits.store(made, net, tmp_path)
+    again = edits.replay(tmp_path, copy.deepcopy(net))
+    x = networks.digits()[0][:8]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made(x), again(x))
+        assert not torch.equal(made(x), net(x))
+    assert notes_of(again)["precision"] == "bf16"
+
+
+def test_runtimes_that_turn_whole_networks_refuse_layers(tiny_context: Any) -> None:
+    net = networks.tiny_cnn()
+    context = tiny_context(net, target=Target(runtime="openvino"))
+    with pytest.raises(
+        TargetError,
+        match=r"openvino:cpu turns a network to bf16 as a whole, so `layers` cannot be kept; leave "
+        r"it out, use one of the runtimes torch_eager, torch_export, or mixed_precision \(int8\)",
+    ):
+        half(net, Half(layers=Layers(patterns=("!fc",))), context)
 
 
 class _Twice(nn.Module):

@@ -24,6 +24,7 @@ from tersor.ops.twin import gather
 from tersor.quantization._bits import size_budget, under_latency
 from tersor.quantization._integer import make_integer, measure_ranges, weight_scales
 from tersor.quantization.mixed_precision import MixedPrecision, mixed_precision
+from tersor.quantization.static import Static, static
 from tests import networks
 
 
@@ -250,6 +251,25 @@ def _exact(outputs: torch.Tensor, net: nn.Module) -> float:
     with torch.no_grad():
         wanted = torch.cat([net(batch["x"]) for batch in networks.data().validation or ()])
     return -float((outputs - wanted).abs().max() > 1e-4)
+
+
+def test_ranges_keep_the_percentile_that_is_asked(tiny_context: Any) -> None:
+    """With 8 bits everywhere it is static quantization, which has the same setting."""
+    net = networks.tiny_cnn()
+    x = networks.digits()[0][:64]
+    outputs = []
+    for percentile in (99.0, 99.99):
+        own: Any = {"calibrator": "percentile", "percentile": percentile}
+        made = mixed_precision(
+            copy.deepcopy(net), MixedPrecision(assign=("*=8",), **own), tiny_context(net)
+        )
+        wanted = static(copy.deepcopy(net), Static(weight_range="mse", **own), tiny_context(net))
+        with torch.no_grad():
+            assert torch.equal(made(x), wanted(x))
+            outputs.append(made(x))
+    assert not torch.equal(*outputs)
+    with pytest.raises(ValueError, match=r"percentile must be in \(50, 100\], got 0.99"):
+        MixedPrecision(percentile=0.99)
 
 
 def test_settings_that_do_not_fit_together_are_refused() -> None:

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from tersor.core import plugins
+from tersor.core.context import Data
 from tersor.core.errors import ModelError, RecipeError
 from tersor.core.layers import Layers
+from tersor.core.model import Inputs
 from tersor.core.runtime import Target
 from tersor.ops.lower import lower
 from tersor.ops.modules import GroupedLinear, QuantConv2d, QuantLinear
+from tersor.ops.recurrent import RoundedRecurrent
 from tersor.quantization.static import Static, static
 from tersor.quantization.weight_only import WeightOnly, weight_only
 from tests import networks
@@ -142,3 +145,51 @@ def test_follows_static_without_touching_its_layers(tiny_context: Any) -> None:
     assert context.facts["layers"] == 0
     assert set(context.facts["left_in_float"].values()) == {"quantized before"}
     assert bool(torch.isfinite(made(networks.digits()[0][:4])).all())
+
+
+class _Listener(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6)
+        self.gru = nn.GRU(6, 8, batch_first=True)
+        self.rnn = nn.RNN(8, 8, batch_first=True)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.fc(self.rnn(self.gru(self.embed(x))[0])[0].mean(1))
+        return made
+
+
+def _listening(tiny_context: Any, runtime: str = "onnxruntime") -> tuple[nn.Module, Any]:
+    example = {"x": torch.arange(12).view(3, 4) % 9}
+    inputs = Inputs(example=example, dynamic={"x": {0: "batch"}})
+    net = _Listener().eval()
+    return net, tiny_context(net, inputs=inputs, data=Data(), target=Target(runtime=runtime))
+
+
+def test_recurrent_layers_are_rounded_and_what_stays_is_told(tiny_context: Any) -> None:
+    net, context = _listening(tiny_context)
+    made = weight_only(net, WeightOnly(weight_range="mse"), context)
+    assert isinstance(made.get_submodule("gru"), RoundedRecurrent)
+    assert context.facts["layers"] == 2
+    assert context.facts["left_in_float"] == {
+        "rnn": "RNN has no form with integer weights here",
+    }
+    again = weight_only(made, WeightOnly(), context)
+    assert context.facts["left_in_float"]["gru"] == "quantized before"
+    x = context.inputs.example["x"]
+    with torch.no_grad():
+        assert torch.equal(again(x), made(x))
+
+
+def test_recurrent_layers_stay_in_float_where_they_must(tiny_context: Any) -> None:
+    net, context = _listening(tiny_context)
+    weight_only(net, WeightOnly(bits=4), context)
+    assert context.facts["left_in_float"]["gru"] == (
+        "GRU, which no runtime here computes from 4-bit weights"
+    )
+    net, context = _listening(tiny_context, "tensorrt")
+    weight_only(net, WeightOnly(), context)
+    assert context.facts["left_in_float"]["gru"] == (
+        "GRU, whose integer weights were not tried on tensorrt"
+    )

@@ -172,3 +172,24 @@ def test_weaker_settings_end(tiny_context: Make) -> None:
     assert Kmeans(clusters=256).weaker() is None
     assert Kmeans(size=0.1).weaker() == Kmeans(size=0.13)
     assert Kmeans(size=0.25).weaker() is None
+
+
+def test_projections_of_attention_share_too(tiny_context: Make) -> None:
+    net = networks.AttendingRows(add_bias_kv=True)
+    added = net.attention.bias_k.detach().clone()
+    context = tiny_context(net)
+    kmeans(net, Kmeans(clusters=8), context)
+    assert len(net.attention.in_proj_weight.unique()) == 8
+    assert torch.equal(net.attention.bias_k, added)
+    assert list(context.facts["clusters"]) == ["embed", "attention", "attention.out_proj", "fc"]
+    trained = finetune(net, Finetune(epochs=0.3), tiny_context(net))
+    assert len(trained.attention.in_proj_weight.unique()) <= 8
+
+
+def test_what_attention_holds_has_a_sensitivity_of_its_own(tiny_context: Make) -> None:
+    net = networks.AttendingRows()
+    context = tiny_context(net)
+    kmeans(net, Kmeans(size=0.1), context)
+    found = context.facts["sensitivities"]
+    assert found.keys() == {"embed", "attention", "attention.out_proj", "fc"}
+    assert all(losses["1"] > losses["4"] > losses["8"] > 0 for losses in found.values())

@@ -166,6 +166,8 @@ class Runtime:
     """Raise `TargetError` for values of options that cannot be, wherever it is run."""
     half_on: tuple[str, ...] | None = None
     """Devices that compute in 16 bits, of those with the option `precision`; None: all."""
+    autocasts: bool = False
+    """Whether it computes in 16 bits by PyTorch's autocast, which a layer can leave."""
     weights: tuple[str, ...] = ()
     """Formats of weights that it reads beside fp32 and integers, as `half` names them."""
     own_operators: bool = False

@@ -20,7 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import ArtifactError, ModelError
-from tersor.ops import blocks, dynamic, float8, modules, multi_head, norms, sparse
+from tersor.ops import (
+    blocks,
+    dynamic,
+    float8,
+    float32,
+    modules,
+    multi_head,
+    norms,
+    recurrent,
+    sparse,
+)
 from tersor.ops.notes import note, notes_of
 
 _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -95,11 +105,12 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("embed_dim", "num_heads", "dropout", "batch_first"),
 }
 _HAS_BIAS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
+_OURS: Any = (modules, blocks, dynamic, float8, float32, multi_head, norms, recurrent, sparse)
 _CLASSES: dict[str, type[nn.Module]] = {
     **{kind.__name__: kind for kind in _ARGUMENTS},
     **{
         name: kind
-        for place in (modules, blocks, dynamic, float8, multi_head, norms, sparse)
+        for place in _OURS
         for name, kind in vars(place).items()
         if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "arguments")
     },
@@ -140,7 +151,7 @@ def describe(net: nn.Module, original: nn.Module | None) -> dict[str, Any]:
         kind = type(layer)
         if path.startswith(inside):
             continue  # made by its owner's constructor
-        if kind in _CLASSES.values() and kind is not nn.Sequential:
+        if kind in _CLASSES.values() and kind not in (nn.Sequential, float32.InFloat32):
             inside = f"{path}."
         if kind is nn.Module or (path in before and _alike(layer, before[path])):
             continue  # an empty holder of a captured graph, or as it was

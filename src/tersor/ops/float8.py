@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor.ops.modules import rows
+from tersor.ops.modules import QUANTIZED, rows
 
 # O output channels, I weights of one
 
@@ -110,6 +110,8 @@ class Float8Conv(_Float8):
 
 def why_not_float8(layer: nn.Module) -> str | None:
     """Say why a layer's weights cannot be kept in 8-bit floating point, or None."""
+    if isinstance(layer, QUANTIZED):
+        return "quantized before"
     if type(layer) not in _KINDS:
         return f"{type(layer).__name__} has no form with 8-bit floating point here"
     assert isinstance(layer.weight, Tensor)

@@ -21,12 +21,14 @@ from tersor.core.context import Fit
 from tersor.core.errors import StepError, UnfitError, suggest
 from tersor.core.layers import Layers
 from tersor.ops.modules import QUANTIZED, check_patterns
+from tersor.ops.projections import ATTRIBUTES, owner, projections
 
 # scores and masks have the shape of their layer's weight; in a mask True is a weight that stays
 
 Scope = Literal["layer", "global"]
 _NOTE = "tersor_keep"
-"""Attribute of a layer: the mask that its weight was pruned with, until the stage ends."""
+"""Attribute of a layer: the mask that its weight was pruned with, until the stage ends; with the
+name of the weight, where a layer has several."""
 _TRAIN = (
     "train the very network that fit is given, with value.backward() and an optimizer over its "
     "parameters, and return it"
@@ -36,12 +38,16 @@ _TRAIN = (
 def prunable(net: nn.Module, layers: Layers) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Find the linear layers and convolutions whose weights may go; a shared weight once.
 
+    The projections of attention that are rows of one weight are linear layers, too
+    (`ops.projections`), which share that weight but are not part of the network.
+
     Args:
         net: The network.
         layers: Which of them.
 
     Returns:
-        (name -> layer, name -> why it is left as it is).
+        (name -> layer, name -> why it is left as it is; so are layers of other kinds that have
+        matrices).
 
     Raises:
         RecipeError: a pattern matches no layer.
@@ -52,7 +58,7 @@ def prunable(net: nn.Module, layers: Layers) -> tuple[dict[str, nn.Module], dict
         name: layer
         for name, layer in net.named_modules(remove_duplicate=False)
         if isinstance(layer, (nn.Linear, _ConvNd, *QUANTIZED))
-    }
+    } | projections(net)
     left = {name: reason for name, layer in known.items() if (reason := _why_not(layer))}
     free = {name: layer for name, layer in known.items() if name not in left}
     if not free:
@@ -61,6 +67,7 @@ def prunable(net: nn.Module, layers: Layers) -> tuple[dict[str, nn.Module], dict
             f"no layer of {type(net).__name__} can be pruned ({told or 'it has none'})"
         )
     check_patterns(layers, list(known))
+    left |= _others(net)
     owners: dict[int, str] = {}
     chosen: dict[str, nn.Module] = {}
     for name, layer in free.items():
@@ -90,6 +97,16 @@ def _why_not(layer: nn.Module) -> str | None:
     if "weight" not in layer._parameters:
         return "its weight is computed from others (parametrized); make it plain first"
     return None
+
+
+def _others(net: nn.Module) -> dict[str, str]:
+    """Say of layers of other kinds that have matrices, such as an LSTM, that they stay."""
+    return {
+        name: f"{type(layer).__name__}: only linear layers and convolutions are pruned"
+        for name, layer in net.named_modules()
+        if not isinstance(layer, (nn.Linear, _ConvNd, *QUANTIZED, nn.MultiheadAttention))
+        and any(parameter.dim() > 1 for parameter in layer.parameters(recurse=False))
+    }
 
 
 def num_dropped(sparsity: float, count: int) -> int:
@@ -190,22 +207,29 @@ def hold(net: nn.Module, keep: Mapping[str, Bool[Tensor, "..."]]) -> None:
     Raises:
         StepError: no such layer, or the mask does not fit its weight. The network is unchanged.
     """
-    layers = dict(net.named_modules())
+    places: list[tuple[Any, str, Tensor]] = []
     for name, mask in keep.items():
-        weight = getattr(layers.get(name), "weight", None)
-        if not isinstance(weight, Tensor):
-            raise StepError(f"no layer {name!r} with a weight.{suggest(name, layers)}")
+        found = owner(net, name)
+        weight = getattr(*found, None) if found else None
+        if found is None or not isinstance(weight, Tensor):
+            names = [*dict(net.named_modules()), *projections(net)]
+            raise StepError(f"no layer {name!r} with a weight.{suggest(name, names)}")
         if mask.dtype != torch.bool or mask.shape != weight.shape:
             raise StepError(
                 f"the mask of layer {name!r} is {mask.dtype} {tuple(mask.shape)}, but its weight "
                 f"has shape {tuple(weight.shape)}; a mask is bool and has the weight's shape"
             )
-    for name, mask in keep.items():
-        layer: Any = layers[name]
+        places.append((*found, mask))
+    for layer, attribute, mask in places:
+        weight = getattr(layer, attribute)
         with torch.no_grad():
-            layer.weight.masked_fill_(~mask.to(layer.weight.device), 0.0)
-        before = getattr(layer, _NOTE, None)
-        setattr(layer, _NOTE, mask if before is None else mask & before)
+            weight.masked_fill_(~mask.to(weight.device), 0.0)
+        before = getattr(layer, _note(attribute), None)
+        setattr(layer, _note(attribute), mask if before is None else mask & before)
+
+
+def _note(attribute: str) -> str:
+    return _NOTE if attribute == "weight" else f"{_NOTE}_{attribute}"
 
 
 def zeros(net: nn.Module) -> dict[str, Bool[Tensor, "..."]]:
@@ -284,17 +308,23 @@ def settle(net: Any) -> Any:
     if not isinstance(net, nn.Module):
         return net
     for name, layer in net.named_modules():
-        keep, weight = getattr(layer, _NOTE, None), getattr(layer, "weight", None)
-        if keep is None:
-            continue
-        if isinstance(weight, Tensor) and weight.shape == keep.shape:
-            filled = _filled(weight, ~keep)
-            if filled:
-                raise StepError(
-                    f"layer {name!r} was pruned to {(~keep).double().mean().item():.2%} zeros, but "
-                    f"{filled} of these {int((~keep).sum())} weights are not zero at the end of "
-                    "the stage; a step after the pruning filled them. A step that trains does so "
-                    "with context.fit, which holds zeros; one that changes weights comes before"
-                )
-        delattr(layer, _NOTE)
+        for attribute in ATTRIBUTES:
+            _settle(name, layer, attribute)
     return net
+
+
+def _settle(name: str, layer: nn.Module, attribute: str) -> None:
+    note = _note(attribute)
+    keep, weight = getattr(layer, note, None), getattr(layer, attribute, None)
+    if keep is None:
+        return
+    if isinstance(weight, Tensor) and weight.shape == keep.shape:
+        filled = _filled(weight, ~keep)
+        if filled:
+            raise StepError(
+                f"layer {name!r} was pruned to {(~keep).double().mean().item():.2%} zeros, but "
+                f"{filled} of these {int((~keep).sum())} weights are not zero at the end of "
+                "the stage; a step after the pruning filled them. A step that trains does so "
+                "with context.fit, which holds zeros; one that changes weights comes before"
+            )
+    delattr(layer, note)

@@ -23,6 +23,8 @@ _CODES = {
     "DynamicQuantizeLSTM": (1, 2, 3),
 }
 """Inputs that hold numbers of the network; the others are scales and zero points."""
+_STORED = (3, 17, 19)
+"""Data types of weights that a cast widens: INT8, FLOAT8E4M3FN, FLOAT8E5M2."""
 COUNTED = (
     *_INNER,
     *_CONV,
@@ -80,6 +82,25 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
         model: onnx.ModelProto.
         zeros: Count numbers that are zero, too; those packed in less than a byte all count.
     """
+    nodes = list(_all_nodes(model.graph))
+    counted, packed = _weights(model, nodes)
+    total = 0
+    for name, tensor in _constants(model.graph, nodes):
+        if name in packed:
+            total += _packed_numbers(packed[name], tensor, zeros)
+        elif name in counted:
+            total += math.prod(tensor.dims) if zeros else _nonzeros(tensor)
+    return total
+
+
+def weight_names(model: Any) -> set[str]:
+    """Name the constants that hold weights, biases and gains, in floats or codes."""
+    counted, packed = _weights(model, list(_all_nodes(model.graph)))
+    return counted | packed.keys()
+
+
+def _weights(model: Any, nodes: list[Any]) -> tuple[set[str], dict[str, Any]]:
+    """Return the names of constants whose numbers count, and of packed ones with their users."""
     import onnx
 
     floats = (
@@ -88,14 +109,20 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
         onnx.TensorProto.FLOAT16,
         onnx.TensorProto.BFLOAT16,
     )
-    nodes = list(_all_nodes(model.graph))
     codes: set[str] = set()
     weights: set[str] = set()
     packed: dict[str, Any] = {}
+    small = {tensor.name for tensor in model.graph.initializer if tensor.data_type in _STORED}
+    wide: set[str] = set()
     for node in nodes:
         given = list(node.input)
         kind = node.op_type
-        if kind == "MatMulNBits":
+        if kind == "Cast" and given[0] in small:
+            codes.add(given[0])
+            wide.update(node.output)
+        elif kind == "Mul" and wide & set(given):
+            pass  # by scales
+        elif kind == "MatMulNBits":
             packed[given[1]] = node
             weights.update([given[0], *given[4:]])
         elif kind in _CODES:
@@ -104,13 +131,12 @@ def count_parameters(model: Any, *, zeros: bool = True) -> int:
             weights.update(given[:3])  # not the running statistics
         else:
             weights.update(given)
-    total = 0
-    for name, tensor in _constants(model.graph, nodes):
-        if name in packed:
-            total += _packed_numbers(packed[name], tensor, zeros)
-        elif name in codes or (name in weights and tensor.data_type in floats and len(tensor.dims)):
-            total += math.prod(tensor.dims) if zeros else _nonzeros(tensor)
-    return total
+    counted = {
+        name
+        for name, tensor in _constants(model.graph, nodes)
+        if name in codes or (name in weights and tensor.data_type in floats and len(tensor.dims))
+    }
+    return counted - packed.keys(), packed
 
 
 def _nonzeros(tensor: Any) -> int:

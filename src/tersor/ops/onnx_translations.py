@@ -13,6 +13,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 
 import tersor.ops.dynamic
 import tersor.ops.multi_head  # noqa: F401  # both register torch.ops.tersor
+from tersor.ops.onnx_recurrent import store_codes
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -166,6 +167,8 @@ def finish(model: Any) -> Any:
     for node in list(model.graph.node):
         if node.op_type == "Cast":
             _fold_cast(graph, node)
+    if any(node.op_type == "DequantizeLinear" for node in graph.nodes):
+        store_codes(graph)
     for node in list(model.graph.node):
         if node.op_type == "DequantizeLinear" and _attribute(node, "block_size"):
             _transpose_blocks(graph, node)

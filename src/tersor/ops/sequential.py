@@ -99,12 +99,19 @@ def one_by_one(
             left[name] = "shares its weight with another layer"
         else:
             fit[name] = layer
-    left |= {name: "not called" for name in chosen if name not in calls}
+    left |= {name: _not_called(graph, name) for name in chosen if name not in calls}
     if not fit:
         told = "; ".join(f"{name!r}: {reason}" for name, reason in left.items())
         raise UnfitError(f"no layer can be pruned by its inputs: {told}")
     check_finite(fit)
     return fit, left
+
+
+def _not_called(graph: fx.GraphModule, name: str) -> str:
+    parent = dict(graph.named_modules()).get(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "inside attention of a form that is not split into layers, so its inputs are unknown"
+    return "not called"
 
 
 def check_finite(layers: Mapping[str, nn.Module]) -> None:

@@ -1,6 +1,6 @@
 """Gradual: prune while training, a little more every few steps, by size or by movement."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from tersor.core.context import Context
 from tersor.core.errors import DataError, StepError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
-from tersor.ops import masks
+from tersor.ops import masks, projections
 from tersor.ops.fake_quantize import late
 
 _KEEP, _SCORE, _STASH = "pruning_keep", "pruning_score", "pruning_stash"
@@ -112,14 +112,15 @@ def gradual(net: nn.Module, config: Gradual, context: Context) -> nn.Module:
     chosen, left = masks.prunable(net, config.layers)
     masks.choose({n: _weight(m).abs() for n, m in chosen.items()}, config.sparsity, config.scope)
     freeze = late(net)
-    hooks = [_prepare(layer, config) for layer in chosen.values()]
+    places = {name: _Place.of(net, name) for name in chosen}
+    hooks = [_prepare(place, config) for place in places.values()]
 
     def on_step(done: int, total: int) -> None:
         if freeze:
             freeze(done, total)
-        for layer in chosen.values():
-            _apply(layer)  # momentum moved what went on the way
-        _prune(chosen, config, done, total)
+        for place in places.values():
+            _apply(place)  # momentum moved what went on the way
+        _prune(places, config, done, total)
 
     try:
         trained = context.fit(
@@ -141,80 +142,112 @@ def gradual(net: nn.Module, config: Gradual, context: Context) -> nn.Module:
     masks.hold(trained, keep)
     context.record(
         epochs=config.epochs,
-        **masks.facts(trained, {name: trained.get_submodule(name) for name in keep}),
+        **masks.facts(trained, {name: projections.layer(trained, name) for name in keep}),
         left=left,
     )
     return trained
 
 
-def _prepare(layer: nn.Module, config: Gradual) -> Any:
+@dataclass(frozen=True)
+class _Place:
+    """A weight, and the layer that keeps its buffers."""
+
+    layer: nn.Module
+    attribute: str
+
+    @staticmethod
+    def of(net: nn.Module, name: str) -> "_Place":
+        found = projections.owner(net, name)
+        assert found is not None
+        return _Place(*found)
+
+    @property
+    def weight(self) -> Tensor:
+        weight = getattr(self.layer, self.attribute)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def name(self, buffer: str) -> str:
+        # attention may have three weights
+        return buffer if self.attribute == "weight" else f"{buffer}_{self.attribute}"
+
+    def has(self, buffer: str) -> bool:
+        return hasattr(self.layer, self.name(buffer))
+
+    def get(self, buffer: str) -> Tensor:
+        made: Tensor = getattr(self.layer, self.name(buffer))
+        return made
+
+    def add(self, buffer: str, value: Tensor) -> None:
+        self.layer.register_buffer(self.name(buffer), value)
+
+
+def _prepare(place: _Place, config: Gradual) -> Any:
     """Give a layer its buffers, and a hook on the gradient of its weight; return the hook."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    layer.register_buffer(_KEEP, torch.ones_like(weight, dtype=torch.bool))
+    weight = place.weight
+    place.add(_KEEP, torch.ones_like(weight, dtype=torch.bool))
     if config.criterion == "movement":
-        layer.register_buffer(_SCORE, torch.zeros_like(weight, dtype=torch.float32))
-        layer.register_buffer(_STASH, torch.zeros_like(weight))
+        place.add(_SCORE, torch.zeros_like(weight, dtype=torch.float32))
+        place.add(_STASH, torch.zeros_like(weight))
 
     def hook(gradient: Tensor) -> Tensor:
-        keep: Tensor = getattr(layer, _KEEP)
+        keep = place.get(_KEEP)
         if config.criterion == "movement":
             # the gradient of a weight that is gone is that of the place where it would be
-            value = torch.where(keep, _weight(layer), getattr(layer, _STASH))
-            getattr(layer, _SCORE).sub_(value * gradient)
+            value = torch.where(keep, place.weight.detach(), place.get(_STASH))
+            place.get(_SCORE).sub_(value * gradient)
         return gradient.masked_fill(~keep, 0.0)
 
     return weight.register_hook(hook)  # type: ignore[no-untyped-call]  # torch
 
 
-def _prune(layers: Mapping[str, nn.Module], config: Gradual, done: int, total: int) -> None:
+def _prune(places: Mapping[str, _Place], config: Gradual, done: int, total: int) -> None:
     """Choose anew what goes, where it is time to."""
     start, end = round(config.start * total), round(config.end * total)
     last = min(max(end, start, 1), total)
     if not (start <= done <= last and ((done - start) % config.every == 0 or done == last)):
         return
     sparsity = config.sparsity if done == last else config.asked(done, total)
-    scores = {name: _score(layer, config) for name, layer in layers.items()}
+    scores = {name: _score(place, config) for name, place in places.items()}
     for name, keep in masks.choose(scores, sparsity, config.scope).items():
-        _change(layers[name], keep)
+        _change(places[name], keep)
 
 
-def _score(layer: nn.Module, config: Gradual) -> Tensor:
-    weight = _weight(layer)
+def _score(place: _Place, config: Gradual) -> Tensor:
+    weight = place.weight.detach()
     if config.criterion == "magnitude":
         return weight.abs()
-    score: Tensor = getattr(layer, _SCORE)
-    value = torch.where(getattr(layer, _KEEP), weight, getattr(layer, _STASH))
+    score = place.get(_SCORE)
+    value = torch.where(place.get(_KEEP), weight, place.get(_STASH))
     # weights that were zero before anything began stay so
     return score.masked_fill(value == 0, torch.finfo(score.dtype).min)
 
 
-def _change(layer: nn.Module, keep: Tensor) -> None:
+def _change(place: _Place, keep: Tensor) -> None:
     """Put a new mask in place: some weights go, others may come back."""
-    before: Tensor = getattr(layer, _KEEP)
-    weight = _weight(layer)
-    if hasattr(layer, _STASH):
-        stash: Tensor = getattr(layer, _STASH)
+    before, weight = place.get(_KEEP), place.weight.detach()
+    if place.has(_STASH):
+        stash = place.get(_STASH)
         gone, back = before & ~keep, keep & ~before
         stash[gone] = weight[gone]
         weight[back] = stash[back]
     before.copy_(keep)
-    _apply(layer)
+    _apply(place)
 
 
-def _apply(layer: nn.Module) -> None:
-    _weight(layer).masked_fill_(~getattr(layer, _KEEP), 0.0)
+def _apply(place: _Place) -> None:
+    place.weight.detach().masked_fill_(~place.get(_KEEP), 0.0)
 
 
-def _reached(net: nn.Module, layers: Mapping[str, nn.Module], config: Gradual) -> dict[str, Tensor]:
+def _reached(net: nn.Module, names: Iterable[str], config: Gradual) -> dict[str, Tensor]:
     """Return the masks of a trained network, if it was pruned as asked."""
-    trained = dict(net.named_modules())
-    keep: dict[str, Tensor] = {}
-    for name in layers:
-        mask = getattr(trained.get(name), _KEEP, None)
-        if mask is None:
+    places: dict[str, _Place] = {}
+    for name in names:
+        found = projections.owner(net, name)
+        if found is None or not _Place(*found).has(_KEEP):
             raise StepError(f"the trainer returned a network without the pruned layer {name!r}")
-        keep[name] = mask
+        places[name] = _Place(*found)
+    keep = {name: place.get(_KEEP) for name, place in places.items()}
     gone = sum(int((~mask).sum()) for mask in keep.values())
     count = sum(mask.numel() for mask in keep.values())
     if gone < masks.num_dropped(config.sparsity, count) - len(keep):
@@ -224,7 +257,7 @@ def _reached(net: nn.Module, layers: Mapping[str, nn.Module], config: Gradual) -
             "copy of the network that it was given"
         )
     for name, mask in keep.items():
-        filled = int((_weight(trained[name])[~mask] != 0).sum())
+        filled = int((places[name].weight.detach()[~mask] != 0).sum())
         if filled:
             raise StepError(
                 f"layer {name!r}: {filled} of {int((~mask).sum())} pruned weights are not zero "
@@ -235,8 +268,9 @@ def _reached(net: nn.Module, layers: Mapping[str, nn.Module], config: Gradual) -
 
 def _forget(net: nn.Module) -> None:
     for layer in net.modules():
-        for name in (_KEEP, _SCORE, _STASH):
-            layer._buffers.pop(name, None)
+        for attribute in projections.ATTRIBUTES:
+            for buffer in (_KEEP, _SCORE, _STASH):
+                layer._buffers.pop(_Place(layer, attribute).name(buffer), None)
 
 
 def _weight(layer: nn.Module) -> Tensor:

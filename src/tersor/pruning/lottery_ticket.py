@@ -12,7 +12,7 @@ from tersor.core.context import Context
 from tersor.core.errors import DataError, UnfitError
 from tersor.core.layers import Layers
 from tersor.core.technique import technique
-from tersor.ops import masks, weight_scores
+from tersor.ops import masks, projections, weight_scores
 from tersor.ops.fake_quantize import late
 
 
@@ -101,14 +101,14 @@ def lottery_ticket(net: nn.Module, config: LotteryTicket, context: Context) -> n
     if config.rewind == "initial":
         net = _train(net, config.epochs, "dense", config, context)
     for number in range(1, config.rounds + 1):
-        layers = {name: net.get_submodule(name) for name in chosen}
+        layers = {name: projections.layer(net, name) for name in chosen}
         scores = weight_scores.magnitude(layers)
         keep = masks.choose(scores, config.after(number), config.scope)
         if point is not None:
             _rewind(net, point)
         masks.hold(net, keep)
         net = _train(net, config.epochs, f"{number}", config, context)
-    layers = {name: net.get_submodule(name) for name in chosen}
+    layers = {name: projections.layer(net, name) for name in chosen}
     context.record(
         sparsities=[round(config.after(n), 5) for n in range(1, config.rounds + 1)],
         epochs=config.epochs * (config.rounds + (config.rewind == "initial")) + config.early,
@@ -141,6 +141,7 @@ def _initialize(net: nn.Module, seed: int) -> None:
         name
         for name, layer in modules.items()
         if any(True for _ in layer.parameters(recurse=False))
+        and not isinstance(layer, nn.MultiheadAttention)
         and not hasattr(layer, "reset_parameters")
     ]
     if fixed:
@@ -152,10 +153,13 @@ def _initialize(net: nn.Module, seed: int) -> None:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        attentions = [m for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
         for layer in modules.values():
             if hasattr(layer, "reset_parameters"):
                 reset: Any = layer.reset_parameters
                 reset()
+        for attention in attentions:  # after its linear layer, whose bias it sets to zero
+            attention._reset_parameters()
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:

@@ -4,18 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import fx, nn
 
 from tersor.core import plugins
 from tersor.core.context import Context
-from tersor.core.errors import ModelError, TargetError, UnfitError
+from tersor.core.errors import ModelError, StepError, TargetError, UnfitError
+from tersor.core.layers import Layers
 from tersor.core.runtime import Runtime, Target
 from tersor.core.technique import technique
 from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.float8 import FLOAT8, float8, why_not_float8
+from tersor.ops.float32 import InFloat32
 from tersor.ops.fold import fold_batch_norms
+from tersor.ops.modules import check_patterns
 from tersor.ops.notes import note
+
+_EXCLUDED = "excluded by layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,9 @@ class Half:
     """bf16: the range of fp32, 8 bits of mantissa. fp16: up to 65504, 11 bits of mantissa. fp8: of
     weights alone, a scale for each output channel, 4 (e4m3) or 3 bits of mantissa; fp32 computes.
     """
+    layers: Layers = Layers()
+    """Which layers get fewer bits; the others stay in fp32. To compute in 16 bits, on PyTorch only:
+    other runtimes turn the whole network."""
 
 
 @technique()
@@ -37,10 +45,13 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
     weights stay integer. For 8 bits, linear layers and convolutions keep their weights as fp8, a
     quarter of the room, and the runtime computes with them in fp32, as fast as before. Batch norms
     are folded first. LiteRT, which computes in fp32, keeps fp16 weights in the same way, half the
-    room.
+    room. Sensitive layers are kept in fp32 by `layers`; what has no weights follows its inputs.
 
     Raises:
-        TargetError: the runtime has no such format; those that have are named.
+        TargetError: the runtime has no such format, or cannot leave layers in fp32; those that can
+            are named.
+        RecipeError: a pattern matches no layer.
+        StepError: all layers are excluded.
         UnfitError: no layer can keep its weights in so few bits.
         ModelError: weights are NaN or infinite.
     """
@@ -57,9 +68,53 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
             f"{context.target} has no kernels that compute in {config.format}; "
             f"use one of the runtimes {', '.join(able)}, or the step static (int8)"
         )
+    if config.layers != Layers():
+        net = _keep(net, config, context)
     note(net, precision=config.format)
     context.record(format=config.format)
     return net
+
+
+def _keep(net: nn.Module, config: Half, context: Context) -> nn.Module:
+    """Take layers out of the 16 bits that the rest is computed in."""
+    if not plugins.runtime(context.target.runtime).autocasts:
+        able = [n for n in plugins.names("runtimes") if plugins.runtime(n).autocasts]
+        raise TargetError(
+            f"{context.target} turns a network to {config.format} as a whole, so `layers` cannot "
+            f"be kept; leave it out, use one of the runtimes {', '.join(able)}, or "
+            "mixed_precision (int8)"
+        )
+    captured = capture(net.eval(), context.inputs)
+    names = _called(captured, 1)
+    chosen = _chosen(names, config)
+    kept = [name for name in names if name not in chosen]
+    kind = context.target.device.partition(":")[0]
+    for name in kept:
+        captured.set_submodule(name, InFloat32(kind, captured.get_submodule(name)).eval())
+    context.record(layers=len(chosen), left_in_float=dict.fromkeys(kept, _EXCLUDED))
+    return captured
+
+
+def _called(captured: fx.GraphModule, dimensions: int) -> list[str]:
+    """Name the layers that have weights of so many dimensions, in the order they run."""
+    calls = [str(n.target) for n in captured.graph.nodes if n.op == "call_module"]
+    modules = dict(captured.named_modules())
+    return [
+        name
+        for name in dict.fromkeys(calls)
+        if any(
+            tensor.dim() >= dimensions
+            for tensor in (*modules[name].parameters(), *modules[name].buffers())
+        )
+    ]
+
+
+def _chosen(names: list[str], config: Half) -> list[str]:
+    check_patterns(config.layers, names)
+    chosen = [name for name in names if config.layers.holds(name)]
+    if names and not chosen:
+        raise StepError(f"layers excludes everything that has weights: {', '.join(names)}")
+    return chosen
 
 
 def _smaller(net: nn.Module, config: Half, context: Context) -> nn.Module:
@@ -71,17 +126,11 @@ def _smaller(net: nn.Module, config: Half, context: Context) -> nn.Module:
     split_attention(captured, context.inputs)
     folded = fold_batch_norms(captured, context.inputs)
     modules = dict(captured.named_modules())
-    called = [str(n.target) for n in captured.graph.nodes if n.op == "call_module"]
-    chosen, left = [], {}
-    for name in dict.fromkeys(called):
-        weight = getattr(modules[name], "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2:
-            continue
-        reason = why_not_float8(modules[name])
-        if reason is None:
-            chosen.append(name)
-        else:
-            left[name] = reason
+    names = _called(captured, 2)
+    wanted = _chosen(names, config)
+    left = {name: _EXCLUDED for name in names if name not in wanted}
+    left |= {name: why for name in wanted if (why := why_not_float8(modules[name])) is not None}
+    chosen = [name for name in wanted if name not in left]
     if not chosen:
         raise UnfitError(
             f"no layer of this network can keep its weights in {_short(config.format)}"

@@ -64,6 +64,8 @@ class MixedPrecision:
     """Calibration samples that sensitivities are measured on."""
     calibrator: Calibrator = "min_max"
     """How ranges follow from histograms of activations."""
+    percentile: float = 99.99
+    """Share of the values that calibrator `percentile` keeps, in percent, in (50, 100]."""
     symmetric: bool = False
     """Activations as int8 around 0, as TensorRT asks for; else uint8 with any zero."""
     layers: Layers = Layers()
@@ -90,6 +92,8 @@ class MixedPrecision:
             )
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile must be in (50, 100], got {self.percentile}")
         for entry in self.assign:
             _parse(entry)
 
@@ -187,7 +191,12 @@ def _round(
     """Give layers their integers, and return the number of calibration samples."""
     integers = [name for name in bits if bits[name] != FLOAT]
     rounded, samples = measure_ranges(
-        captured, integers, context, calibrator=config.calibrator, symmetric=config.symmetric
+        captured,
+        integers,
+        context,
+        calibrator=config.calibrator,
+        percentile=config.percentile,
+        symmetric=config.symmetric,
     )
     scales = {n: weight_scales(captured, n, rounded, bits=bits[n], clip=True) for n in integers}
     make_integer(captured, scales, bits, rounded, context)
@@ -220,6 +229,7 @@ def _measured(
             [point for own in points.values() for point in own],
             few,
             calibrator=config.calibrator,
+            percentile=config.percentile,
             symmetric=config.symmetric,
         )
         rest = iter(made)

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from tersor.core.context import Context
 from tersor.core.errors import ModelError, RecipeError
 from tersor.core.layers import Layers
+from tersor.core.runtime import Target
 from tersor.core.technique import technique
+from tersor.ops import recurrent
 from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
 from tersor.ops.fold import fold_batch_norms
@@ -16,15 +19,26 @@ from tersor.ops.modules import GroupedLinear, check_patterns, quantized, rows, w
 from tersor.ops.quantize import channel_scales, group_codes
 from tersor.quantization._integer import embeddings, round_embeddings
 
+_KINDS = (
+    nn.Linear,
+    _ConvNd,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    recurrent.RoundedRecurrent,
+)
+_RECURRENT = ("onnxruntime", "openvino", "torch_eager", "torch_export")
+"""Runtimes that recurrent layers with integer weights are tested on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOnly:
     """Settings of weight-only quantization."""
 
     bits: Literal[8, 4, 3, 2] = 8
-    """Bits of a weight. Convolutions are left in float below 8. Files for ONNX Runtime hold 3 and 2
-    bits packed, those for other runtimes in a byte each. ONNX Runtime multiplies by 8 bits with
-    activations rounded to 8 bits in blocks of a row, by fewer bits with float activations."""
+    """Bits of a weight. Convolutions, LSTMs and GRUs are left in float below 8. Files for ONNX
+    Runtime hold 3 and 2 bits packed, those for other runtimes in a byte each. ONNX Runtime
+    multiplies by 8 bits with activations rounded to 8 bits in blocks of a row, by fewer bits with
+    float activations."""
     group_size: int | None = None
     """Weights of a row that share a scale, at least 2; -1: the whole row. Unset: 32 below 8 bits
     where it divides the row, else -1. ONNX Runtime multiplies by packed weights only for powers of
@@ -34,7 +48,7 @@ class WeightOnly:
     weight_range: Literal["max", "mse"] = "max"
     """Where a group's codes end: at its largest weight, or where the squared error is smallest."""
     layers: Layers = Layers()
-    """Which linear layers and convolutions."""
+    """Which linear layers, convolutions, LSTMs and GRUs."""
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size != -1 and self.group_size < 2:
@@ -43,13 +57,14 @@ class WeightOnly:
 
 @technique()
 def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Module:
-    """Replace linear layers, and at 8 bits convolutions, by layers of integer weights.
+    """Replace linear layers, at 8 bits convolutions, LSTMs and GRUs, by ones of integer weights.
 
     Rounding is to nearest; `adaround` in the same stage learns it. The runtimes multiply in
     float32; whether that is faster than float weights depends on memory bandwidth. Convolutions get
-    one symmetric scale for each output channel whatever the group size. Embeddings get 8 bits, a
-    scale for each row, whatever `bits`. Batch norms are folded first, which changes no code: a
-    channel's scale takes them in.
+    one symmetric scale for each output channel whatever the group size, recurrent layers one for
+    each row of each gate; their files are smaller, and the runtime computes as before. Embeddings
+    get 8 bits, a scale for each row, whatever `bits`. Batch norms are folded first, which changes
+    no code: a channel's scale takes them in. What stays in float is in the facts, with the reason.
 
     Raises:
         RecipeError: the group size does not divide a layer's columns; a pattern matches no layer.
@@ -62,17 +77,15 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
     layers = {
         name: layer
         for name, layer in captured.named_modules()
-        if name in called and (why_not(layer) is None or why_not(layer) == "quantized before")
+        if name in called and (isinstance(layer, _KINDS) or why_not(layer) == "quantized before")
     }
     check_patterns(config.layers, [*layers, *embeddings(captured)])
     left: dict[str, str] = {}
     chosen: dict[str, nn.Module] = {}
     for name, layer in layers.items():
-        reason = why_not(layer)
+        reason = _why_not(layer, config, context.target)
         if reason is None and not config.layers.holds(name):
             reason = "excluded by layers"
-        if reason is None and config.bits < 8 and not isinstance(layer, nn.Linear):
-            reason = f"a convolution, which no runtime here computes from {config.bits}-bit weights"
         if reason is None:
             chosen[name] = layer
         else:
@@ -98,6 +111,23 @@ def weight_only(net: nn.Module, config: WeightOnly, context: Context) -> nn.Modu
     return captured
 
 
+def _why_not(layer: nn.Module, config: WeightOnly, target: Target) -> str | None:
+    """Say why a layer stays in float, or None."""
+    if isinstance(layer, nn.Linear):
+        return why_not(layer)
+    if isinstance(layer, (nn.RNNBase, recurrent.RoundedRecurrent)):
+        reason = recurrent.why_not(layer)
+        if reason is None and target.runtime not in _RECURRENT:
+            kind = type(layer).__name__
+            reason = f"{kind}, whose integer weights were not tried on {target.runtime}"
+    else:
+        reason = why_not(layer)
+    if reason is None and config.bits < 8:
+        kind = "a convolution" if isinstance(layer, _ConvNd) else type(layer).__name__
+        reason = f"{kind}, which no runtime here computes from {config.bits}-bit weights"
+    return reason
+
+
 def _check_size(name: str, columns: int, config: WeightOnly) -> None:
     wanted = config.group_size
     if wanted is None or wanted == -1 or columns % wanted == 0:
@@ -120,6 +150,8 @@ def _size(columns: int, config: WeightOnly) -> int:
 
 def _rounded(layer: nn.Module, config: WeightOnly) -> nn.Module:
     clip = config.weight_range == "mse"
+    if isinstance(layer, (nn.LSTM, nn.GRU)):
+        return recurrent.rounded(layer, clip=clip)
     if not isinstance(layer, nn.Linear):
         return quantized(layer, channel_scales(rows(layer), clip=clip))
     size = _size(layer.in_features, config)

@@ -50,6 +50,7 @@ RUNTIME = Runtime(
         "cuda_graphs",
         "stream",
     ),
+    autocasts=True,
     weights=("fp8_e4m3", "fp8_e5m2"),
     own_operators=True,
     to_export=("torch", "safetensors"),

@@ -1,7 +1,7 @@
 """K-means: let the weights of a layer take few values, each at the mean of those it stands for."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,7 +24,7 @@ from tersor.ops.sharing import FEWEST
 from tersor.ops.twin import gather
 from tersor.ops.variants import losses_of
 
-_LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.RNNBase)
+_LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 _FLOAT_BITS = 32
 
 
@@ -47,7 +47,8 @@ class Kmeans:
     samples: int = 256
     """Calibration samples that sensitivities are measured on."""
     layers: Layers = Layers()
-    """Linear, convolutional, embedding and recurrent layers whose weights are shared."""
+    """Linear, convolutional, embedding and recurrent layers whose weights are shared; attention
+    for the projections of query, key and value."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.clusters <= 256:
@@ -151,8 +152,10 @@ def _chosen(net: nn.Module, config: Kmeans) -> tuple[dict[str, nn.Module], dict[
 
 def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return a layer's own matrices and kernels."""
-    own = layer.named_parameters(recurse=False)
-    return {name: p for name, p in own if p.dim() > 1 and p.is_floating_point()}
+    own = dict(layer.named_parameters(recurse=False))
+    if isinstance(layer, nn.MultiheadAttention):  # a key and a value that it adds are no matrices
+        own = {name: p for name, p in own.items() if name not in ("bias_k", "bias_v")}
+    return {name: p for name, p in own.items() if p.dim() > 1 and p.is_floating_point()}
 
 
 def _flat(layer: nn.Module) -> Tensor:
@@ -210,13 +213,29 @@ def _by_sensitivity(
     assert isinstance(captured, fx.GraphModule)
     batch = gather(captured, context.data.calibration, context.inputs, config.samples)
     counts = {n: sum(p.numel() for p in _weights(m).values()) for n, m in chosen.items()}
-    variants: dict[str, dict[int, nn.Module]] = {}
-    for name, layer in chosen.items():
-        variants[name] = {}
-        for bits in range(1, 9):
-            variants[name][bits] = copy.deepcopy(layer)
-            _share(variants[name][bits], 2**bits, config, context.seed)
-    found = losses_of(captured, variants, batch, track=context.track)
+    # what a called layer holds, such as the output projection of attention, is measured as it
+    called = {str(n.target) for n in captured.graph.nodes if n.op == "call_module"}
+    over = {name: _called(name, called) for name in chosen}
+    rounds: list[dict[str, str]] = [{n: n for n, own in over.items() if n == own}]
+    rounds += [{n: own} for n, own in over.items() if n != own]
+    found: dict[str, Mapping[int, float]] = {}
+    for names in rounds:
+        variants: dict[str, dict[int, nn.Module]] = {}
+        for name, own in names.items():
+            variants[own] = {}
+            for bits in range(1, 9):
+                made = variants[own][bits] = copy.deepcopy(net.get_submodule(own))
+                inner = made.get_submodule(name[len(own) :].lstrip("."))
+                _share(inner, 2**bits, config, context.seed)
+        losses = losses_of(captured, variants, batch, track=context.track)
+        found |= {name: losses[own] for name, own in names.items()}
     total = _FLOAT_BITS * sum(counts.values())
     costs = {n: {b: counts[n] * b / total for b in range(1, 9)} for n in chosen}
     return solve(found, Budget(costs=costs, most=config.size)), found
+
+
+def _called(name: str, called: Collection[str]) -> str:
+    """Return the called layer that `name` is, or is inside of; itself where there is none."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+    return next((prefix for prefix in prefixes if prefix in called), name)
