@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tersor._recipe_checks import has_labels, step_mistakes
 from tersor.core import plugins
 from tersor.core.context import Batch, Data, Fit
 from tersor.core.errors import (
@@ -23,8 +24,8 @@ from tersor.core.errors import (
 )
 from tersor.core.model import Inputs, Model, may_lower
 from tersor.core.plugins import technique_of
-from tersor.core.recipe import Recipe, check_target, stage_name
-from tersor.core.runtime import Form
+from tersor.core.recipe import Recipe, check_target, impossible, stage_name
+from tersor.core.runtime import Target
 from tersor.core.schema import changed
 from tersor.core.scoring import tasks_of
 from tersor.core.training import Training
@@ -106,6 +107,7 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
         runtime = plugins.runtime(recipe.target.runtime)
         _check_system(recipe.target.runtime, runtime.system)
         plugins.require("runtimes", recipe.target.runtime, (*runtime.to_export, *runtime.to_run))
+        _check_device(recipe.target)
         if not may_lower(model.form, runtime.takes):
             mistakes.append(
                 RecipeError(
@@ -115,11 +117,13 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
             )
     except TersorError as error:
         mistakes.append(error)
-    mistakes += _check_steps(model.form, recipe, data)
+    mistakes += step_mistakes(model, recipe, data)
+    if recipe.goal is not None:
+        mistakes += [RecipeError(text) for _, text in impossible(recipe.goal)]
     for name in metrics:
         try:
             needs = plugins.metric(name).needs
-            if "labels" in needs and not _has_labels(data.test):
+            if "labels" in needs and not has_labels(data.test):
                 mistakes.append(
                     DataError(f"the metric {name!r} needs labels, and the test batches have none")
                 )
@@ -270,40 +274,17 @@ def _check_system(name: str, system: str) -> None:
         )
 
 
-def _check_steps(form: Form, recipe: Recipe, data: Data) -> list[TersorError]:
-    mistakes: list[TersorError] = []
-    number = 0
-    for stage in recipe.stages:
-        for config in stage:
-            number += 1
-            try:
-                step = plugins.technique_of(config)
-            except TersorError as error:
-                mistakes.append(error)
-                continue
-            if not may_lower(form, step.form):
-                mistakes.append(
-                    RecipeError(
-                        f"step {number} ({step.name}) works on a network of form {step.form!r}, "
-                        f"but there it has form {form!r}; forms only go module -> exported -> onnx"
-                    )
-                )
-            else:
-                form = step.form
-            for need in step.needs:
-                if need in ("calibration", "train", "validation") and getattr(data, need) is None:
-                    mistakes.append(
-                        DataError(
-                            f"step {number} ({step.name}) needs {need} batches; the data have none"
-                        )
-                    )
-                if need == "labels" and not _has_labels(data.train or data.calibration):
-                    mistakes.append(
-                        DataError(
-                            f"step {number} ({step.name}) needs labels, and the batches have none"
-                        )
-                    )
-    return mistakes
+def _check_device(target: Target) -> None:
+    """Refuse a device that is not on this machine.
+
+    What a runtime with an environment of its own finds there shows when it is used.
+
+    Raises:
+        DependencyError: it is not there.
+    """
+    runtime = plugins.own_runtime(target.runtime)
+    if runtime.present is not None and all(map(plugins.installed, runtime.to_run)):
+        runtime.present(target)
 
 
 def _first_batch(data: Data) -> Batch | None:
@@ -360,14 +341,6 @@ def try_forward(net: nn.Module, inputs: Inputs) -> None:
             f"forward of {type(net).__name__} must return a tensor, or tensors; "
             f"got {type(made).__name__}"
         )
-
-
-def _has_labels(batches: Iterable[Batch] | None) -> bool:
-    if batches is None:
-        return False
-    for batch in batches:
-        return "labels" in batch
-    return False
 
 
 def _count(batches: Iterable[Batch] | None) -> int:
