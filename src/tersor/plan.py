@@ -1,9 +1,11 @@
 """Plan: everything that can be checked before the first minute of work, and a forecast."""
 
 import inspect
+import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +24,19 @@ from tersor.core.errors import (
     TargetError,
     TersorError,
 )
+from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs, Model, may_lower
 from tersor.core.plugins import technique_of
 from tersor.core.recipe import Recipe, check_target, impossible, stage_name
+from tersor.core.report_words import human
 from tersor.core.runtime import Target
 from tersor.core.schema import changed
 from tersor.core.scoring import tasks_of
 from tersor.core.training import Training
 from tersor.ops.losses import first_output, task_loss
+
+_WARM_UP, _TIMED, _TIMED_S = 2, 20, 1.0
+"""Calls and seconds that the network is timed for, before a forecast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,12 +230,12 @@ def check_teacher(teacher: Model, model: Model, recipe: Recipe, inputs: Inputs) 
 def forecast(
     model: Model, recipe: Recipe, data: Data, inputs: Inputs, metrics: Sequence[str], out: Path
 ) -> Plan:
-    """Predict time, memory and disk from one timed step of the network on this machine.
+    """Predict time, memory and disk from a timed network on this machine.
 
     Training is taken as three forward passes a sample and, for distillation, one more of the
     teacher; measuring as one pass over validation per stage and two over test.
     """
-    per_sample = _seconds_a_sample(model, inputs)
+    per_sample = _seconds_a_sample(model, inputs, recipe.target.threads)
     counts = {s: _count(getattr(data, s)) for s in ("calibration", "train", "validation", "test")}
     seconds = (counts["validation"] + 2 * counts["test"]) * per_sample + 20.0
     for stage in recipe.stages:
@@ -241,7 +248,7 @@ def forecast(
             if "calibration" in needs:
                 seconds += 2 * counts["calibration"] * per_sample
     size = _bytes_of(model)
-    notes = [f"predicted from {per_sample * 1000:.2f} ms a sample in this process"]
+    notes = [f"predicted from {human(per_sample * 1e3, 'ms')} a sample in this process"]
     if recipe.goal is None:
         notes.append("no goal: every stage is applied as written")
     free = shutil.disk_usage(_existing(out)).free
@@ -357,18 +364,28 @@ def _count(batches: Iterable[Batch] | None) -> int:
         return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
-def _seconds_a_sample(model: Model, inputs: Inputs) -> float:
-    import time
-
+def _seconds_a_sample(model: Model, inputs: Inputs, threads: int) -> float:
+    """Time the network after warming up: the best of a few calls, which others disturb least."""
     if model.form != "module":
         return 0.005
-    with torch.no_grad():
-        model.net(**inputs.example)
-        start = time.perf_counter()
-        model.net(**inputs.example)
-        count = len(next(iter(inputs.example.values())))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or usable_cores())
+    clock = time.perf_counter
+    best, spent = math.inf, 0.0
+    try:
+        with torch.no_grad():
+            for _ in range(_WARM_UP + _TIMED):
+                began = clock()
+                model.net(**inputs.example)
+                took = clock() - began
+                best, spent = min(best, took), spent + took
+                if spent > _TIMED_S:
+                    break
+    finally:
+        torch.set_num_threads(before)
+    count = len(next(iter(inputs.example.values())))
     # larger batches are about twice as fast a sample
-    return (time.perf_counter() - start) / count / 2
+    return best / count / 2
 
 
 def _bytes_of(model: Model) -> int:
