@@ -26,7 +26,7 @@ from tersor.core.training import Training
 Stage = tuple[Any, ...]
 """Configs judged together, e.g. (Channels(...), DistillLogits(...))."""
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
-_LARGEST = 1_000_000
+_LARGEST, _DEEPEST = 1_000_000, 50
 _NEVER_ZERO = ("ms", "s", "B", "J")
 """Units of what running and storing takes."""
 _TAGS = {
@@ -395,12 +395,15 @@ def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
         raise RecipeError(f"{file.name}: {len(text)} characters is too long for a recipe")
     loader = yaml.SafeLoader(text)
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            at = f"{file.name}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                line, column = event.start_mark.line + 1, event.start_mark.column + 1
-                raise RecipeError(
-                    f"{file.name}:{line}:{column}: anchors and aliases are not allowed"
-                )
+                raise RecipeError(f"{at}: anchors and aliases are not allowed")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise RecipeError(f"{at}: nested too deeply")
         node = loader.get_single_node()
         places: dict[tuple[Any, ...], tuple[int, int]] = {}
         return (None if node is None else _plain(loader, node, (), places, file.name)), places
@@ -409,8 +412,6 @@ def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
         at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{file.name}{at}: {problem}") from error
-    except RecursionError as error:
-        raise RecipeError(f"{file.name}: nested too deeply") from error
 
 
 def _plain(
@@ -422,6 +423,8 @@ def _plain(
 ) -> Any:
     places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
     at = f"{name}:{places[path][0]}:{places[path][1]}"
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _TAGS:
+        raise RecipeError(f"{at}: the tag {node.tag!r} is not allowed")
     if isinstance(node, yaml.SequenceNode):
         return [_plain(loader, item, (*path, i), places, name) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
