@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tersor import advisor
-from tersor._trying import Brief
+from tersor import _advice, advisor
+from tersor._advice import facts_of, packers, quantizers
+from tersor._cli_advise import nothing
+from tersor._trying import Brief, Refusal, _behind
 from tersor.advisor import advise, together, usual_goal
 from tersor.core.context import Data
 from tersor.core.errors import DataError, ModelError, RecipeError
@@ -77,17 +79,72 @@ def test_smaller_files_without_training() -> None:
     assert any("--minutes leaves no time" in each.reason for each in found.refusals)
     data = replace(networks.data(), train=None)
     found = advise(module(), data, target=EAGER, goal=SIZE)
-    last = found.suggestions[-1]
-    assert stage_name(last.stage) == "weight_only"
-    assert 1.5 < last.gain[0] < last.gain[1] <= 2 * last.gain[0]
+    *_, fewer, last = found.suggestions
+    assert [stage_name(each.stage) for each in (fewer, last)] == ["weight_only", "pack"]
+    assert 1.5 < fewer.gain[0] < fewer.gain[1] <= 2 * fewer.gain[0]
+    assert 1.0 < last.gain[0] < last.gain[1]
+    assert "size" in fewer.seen
     assert "size" in last.seen
     reasons = [each.reason for each in found.refusals]
     assert "a smaller network needs training, and the data have no train batches" in reasons
-    assert any("less than what is taken" in reason for reason in reasons)
+    assert any("size is " in text and "x worse than what is taken" in text for text in reasons)
     parsed = Recipe.parse(found.recipe)
     assert parsed.stages == tuple(each.stage for each in found.suggestions)
     assert parsed.goal == SIZE
     assert len(found.predicted) == len(parsed.stages)
+
+
+@pytest.mark.slow
+def test_a_limit_on_size_is_reached_whatever_is_to_improve() -> None:
+    goal = Goal(best="latency", limits={"size": "60%"})
+    found = advise(module(), replace(networks.data(), train=None), target=EAGER, goal=goal)
+    steps = [stage_name(each.stage) for each in found.suggestions]
+    tried = [stage_name(each.stage) for each in (*found.suggestions, *found.refusals)]
+    assert tried.count("weight_only") >= 2
+    assert {"weight_only", "static", "dynamic"} & set(steps)
+
+
+def test_a_limit_on_size_asks_for_fewer_bits_and_packing() -> None:
+    def steps(goal: Goal) -> set[str]:
+        facts = facts_of(
+            networks.tiny_cnn(trained=False),
+            networks.inputs(),
+            {},
+            EAGER,
+            networks.data(),
+            goal,
+            1.0,
+        )
+        return {stage_name(idea.stage) for idea in (*quantizers(facts), *packers(facts))}
+
+    assert {"weight_only", "static", "pack"} <= steps(Goal(limits={"size": "50%"}))
+    assert {"weight_only", "static", "pack"} <= steps(Goal(best="size"))
+    assert not {"weight_only", "pack"} & steps(Goal())
+
+
+def test_what_is_left_out_is_compared_with_what_there_is() -> None:
+    assert _behind("latency", False, 0.0, 1.134) == "latency is 1.13x worse than without it"
+    assert _behind("latency", True, 0.0, 1.134) == "latency is 1.13x worse than what is taken"
+    assert _behind("size", True, 0.0, 1.001) == "size is no better than what is taken"
+    assert _behind("latency", True, 0.2, 0.5) == "further from the limits than what is taken"
+
+
+def test_nothing_that_pays_is_told_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
+    refusals = tuple(
+        Refusal(stage=(_advice.config(name, **more),), reason=f"no {name}")
+        for name, more in (("static", {}), ("weight_only", {"bits": 4}))
+    )
+    advice = advisor.Advice(
+        subject="x", target="onnxruntime:cpu", goal=Goal(limits={"size": "50%"}), batch=1, threads=1,
+        words=(), suggestions=(), refusals=refusals, recipe={}, gain=(1.0, 1.0), seconds=1.0,
+    )  # fmt: skip
+    error = nothing(advice)
+    assert str(error) == (
+        "advise found nothing that pays for the goal {'best': 'latency', 'limits': {'size': '50%'}}; "
+        "what was tried is above. Allow more by --limit, or time for training by --minutes"
+    )
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["  static: no static", "  weight_only (bits 4): no weight_only"]
 
 
 @pytest.mark.slow
@@ -139,7 +196,9 @@ def test_the_verb_and_the_recipe_auto(
     code, raw, _ = talk(capsys, "advise", *words, "--out", str(file), "--json")
     assert code == 0
     advice = json.loads(raw)["advice"]
-    assert "weight_only" in str(advice["suggestions"][-1]["stage"])
+    fewer, packed = advice["suggestions"][-2:]
+    assert "weight_only" in str(fewer["stage"])
+    assert packed["stage"] == ["pack"]
     assert Recipe.load(file).plain() == advice["recipe"]
     code, out, _ = talk(capsys, "advise", *words)
     assert "weight_only: " in out
@@ -153,7 +212,7 @@ def test_the_verb_and_the_recipe_auto(
     assert not (tmp_path / "out.advice.json").exists()
     report = json.loads((out_dir / "report.json").read_text())
     (stage,) = [s for s in report["stages"] if s["name"] == "weight_only"]
-    assert stage["predicted"] == pytest.approx(advice["suggestions"][-1]["gain"], rel=0.05)
+    assert stage["predicted"] == pytest.approx(fewer["gain"], rel=0.05)
     code, out, err = talk(capsys, "compress", *words, "--recipe", "auto", "--out", str(out_dir), "--resume")  # fmt: skip
     assert code == 0  # done already: nothing is tried again
     assert "trying" not in err

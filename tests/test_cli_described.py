@@ -79,9 +79,11 @@ def test_where_to_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for wanted in ("local", "cloud", "edge", "in 20 ms", "run it on the device", "nothing leaves"):
         assert wanted in out
+    assert "Starting an operator is not in the figures" in " ".join(out.split())
     assert asked(model, "raspberry-pi-5", as_json=True, **words) == 0
     found = json.loads(capsys.readouterr().out)["offloading"]
     assert found["options"][0]["where"] == "local"
+    assert "is not known (raspberry-pi-5)" in found["unknown"]
     assert found["deadline_ms"] == 20.0
 
 

@@ -8,6 +8,7 @@ are, but for their numbers, among those that any block before it printed (docs/h
 `<!-- slow -->` in it takes longer than a second.
 """
 
+import importlib
 import json
 import os
 import re
@@ -184,6 +185,16 @@ def test_translations_have_the_same_blocks(english: str, chinese: str) -> None:
     """A translation may not fall behind: its code is that of the original."""
     ours, theirs = blocks(ROOT / english), blocks(ROOT / chinese)
     assert [(b.lang, b.body) for b in ours] == [(b.lang, b.body) for b in theirs]
+
+
+def test_the_python_page_names_what_the_package_offers() -> None:
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8").splitlines()
+    shown = {line.removeprefix("::: ") for line in page if line.startswith("::: ")}
+    for place in shown:
+        module, _, name = place.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), place
+    offered = {f"{place}.{name}" for name, place in tersor._PLACES.items()}
+    assert offered <= shown
 
 
 def test_readme_shows_the_stored_results() -> None:

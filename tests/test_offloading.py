@@ -95,6 +95,20 @@ def test_local_is_advised_where_it_is_enough() -> None:
     )
 
 
+def test_what_is_not_in_the_figures_is_said() -> None:
+    net, x, _ = narrow()
+    timed = replace(DEVICE, start_us=5.0)
+    found = offload(net, x, device=timed, server=SERVER, link=LINK)
+    assert found.unknown == (
+        "Starting an operator is not in the figures where what it costs is not known (server): "
+        "small networks take longer there."
+    )
+    found = offload(net, x, device=DEVICE, server=SERVER, edge=DEVICE, link=LINK)
+    assert "not known (device, server):" in found.unknown
+    known = offload(net, x, device=timed, server=replace(timed, name="server"), link=LINK)
+    assert known.unknown == ""
+
+
 def test_a_deadline_that_nothing_meets() -> None:
     net, x, _ = narrow()
     found = offload(net, x, device=DEVICE, server=SERVER, link=LINK, deadline_ms=0.5)

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import time
 
 import pytest
 import torch
@@ -404,6 +405,33 @@ def test_the_plan_does_nothing(tmp_path):
     assert made.memory_bytes > 0
     assert made.disk_bytes > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_forecast_is_of_a_warm_network_on_the_threads_asked_for(tmp_path):
+    seen = []
+
+    class Cold(nn.Module):
+        """Slow for two calls: the one that tries it, and the first one that is timed."""
+
+        def forward(self, x):
+            seen.append(torch.get_num_threads())
+            if len(seen) < 3:
+                time.sleep(0.3)
+            return x.flatten(1)[:, :10]
+
+    before = torch.get_num_threads()
+    made = plan(
+        Model(net=Cold(), form="module", origin="module:test"),
+        recipe("half"),
+        data=networks.data(),
+        metrics=("size",),
+        threads=3,
+        out=tmp_path / "o",
+    )
+    assert set(seen[1:]) == {3}
+    assert torch.get_num_threads() == before
+    assert made.notes[0].startswith("predicted from ")
+    assert made.notes[0].endswith((" us a sample in this process", " ns a sample in this process"))
 
 
 def load_model():

@@ -114,6 +114,7 @@ def test_a_limit_not_reached_may_not_move_away_and_counts_as_gain():
     away = judge(goal, seen(90, "faster"))
     assert not away.keep
     assert away.reason == "moves away from the limit size=50: size 80 B -> 90 B, limit 50 B"
+    assert judge(goal, seen(80.01, "faster")).keep
 
 
 def test_points_on_a_size_are_refused():

@@ -8,6 +8,7 @@ from torch import nn
 
 from tersor.core import plugins
 from tersor.core.context import Data
+from tersor.core.goal import Goal
 from tersor.core.hardware import probe
 from tersor.core.model import Inputs
 from tersor.core.runtime import Target
@@ -41,6 +42,8 @@ class Facts:
     target: Target
     data: Data
     best: str
+    sized: bool
+    """Whether the goal limits the size."""
     epochs: float
     """Of recovery that there is time for."""
 
@@ -55,7 +58,7 @@ def facts_of(
     work: Mapping[str, Any],
     target: Target,
     data: Data,
-    best: str,
+    goal: Goal,
     epochs: float,
 ) -> Facts:
     """Gather them.
@@ -66,7 +69,7 @@ def facts_of(
         work: By kind of layer, as `explainer.work_of` counts it.
         target: Where it is to run.
         data: Batches by role.
-        best: The goal's metric.
+        goal: What to improve, within which limits.
         epochs: Of recovery, at most.
     """
     total = sum(each.macs for each in work.values()) or 1
@@ -77,7 +80,8 @@ def facts_of(
         norms=any(isinstance(module, _NORMS) for module in net.modules()),
         target=target,
         data=data,
-        best=best,
+        best=goal.best,
+        sized="size" in goal.limits,
         epochs=epochs,
     )
 
@@ -109,13 +113,14 @@ def fusions(facts: Facts) -> list[list[Idea]]:
 
 def quantizers(facts: Facts) -> list[Idea]:
     """List ways to compute, or to store, in fewer bits; one of them is taken."""
+    smaller = [
+        Idea(stage=(config("weight_only", bits=4),), why="weights of 4 bits are an eighth"),
+        Idea(stage=(config("weight_only"),), why="weights of 8 bits are a quarter"),
+    ]
     if facts.best == "size":
-        return [
-            Idea(stage=(config("weight_only", bits=4),), why="weights of 4 bits are an eighth"),
-            Idea(stage=(config("weight_only"),), why="weights of 8 bits are a quarter"),
-            Idea(stage=(config("static"),), why="weights of 8 bits are a quarter, and compute so"),
-        ]
-    found = []
+        why = "weights of 8 bits are a quarter, and compute so"
+        return [*smaller, Idea(stage=(config("static"),), why=why)]
+    found = smaller if facts.sized else []
     runtime = plugins.runtime(facts.target.runtime)
     fast = "8-bit integers do more of the arithmetic at once, and weights are a quarter to read"
     if facts.share("recurrent layers") < 0.5:
@@ -145,6 +150,12 @@ def quantizers(facts: Facts) -> list[Idea]:
                 Idea(stage=(config("half"),), why="the processor multiplies bf16 natively")
             )
     return found
+
+
+def packers(facts: Facts) -> list[Idea]:
+    """List what makes files smaller, whatever is in them."""
+    why = "what weights repeat is stored once; opening takes longer, runs do not"
+    return [Idea(stage=(config("pack"),), why=why)] if facts.best == "size" or facts.sized else []
 
 
 def shrinkers(facts: Facts) -> list[list[Idea]]:

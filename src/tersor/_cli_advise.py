@@ -18,6 +18,7 @@ from tersor._cli_talk import (
 if TYPE_CHECKING:
     from tersor.advisor import Advice
     from tersor.core.context import Data, Fit
+    from tersor.core.errors import UnfitError
     from tersor.core.goal import Goal
     from tersor.core.model import Model
     from tersor.core.recipe import Recipe
@@ -123,7 +124,7 @@ def recipe_of(
     """
     from tersor import advisor
     from tersor.core import files
-    from tersor.core.errors import RecipeError, UnfitError
+    from tersor.core.errors import RecipeError
     from tersor.core.recipe import Recipe
     from tersor.core.schema import to_plain
 
@@ -159,14 +160,26 @@ def recipe_of(
         display=Progress(),
     )
     if not found.suggestions:
-        reasons = "; ".join(f"{_names(r.stage)}: {r.reason}" for r in found.refusals)
-        raise UnfitError(f"advise found nothing that pays: {reasons}")
+        raise nothing(found)
     for each in found.suggestions:
         tell(f"  {_names(each.stage)}: {_range(each.gain)} predicted; {each.why}")
     kept.parent.mkdir(parents=True, exist_ok=True)
     content = {"recipe": found.recipe, "predicted": found.predicted, "minutes": minutes}
     files.replace_file(kept, json.dumps(content, indent=1).encode())
     return Recipe.parse(found.recipe), found.predicted, minutes
+
+
+def nothing(found: "Advice") -> "UnfitError":
+    """Tell why each step that was tried is left out, and return the error for it."""
+    from tersor.core.errors import UnfitError
+    from tersor.core.schema import to_plain
+
+    for each in found.refusals:
+        tell(f"  {_short(each.stage)}: {each.reason}")
+    return UnfitError(
+        f"advise found nothing that pays for the goal {to_plain(found.goal)}; what was tried is "
+        "above. Allow more by --limit, or time for training by --minutes"
+    )
 
 
 def _earlier(

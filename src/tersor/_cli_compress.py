@@ -131,7 +131,7 @@ def compress(
         "out": out,
     }
     if dry_run:
-        return _show_plan(pipeline.plan(loaded, chosen, **wanted), as_json)
+        return _show_plan(pipeline.plan(loaded, chosen, **wanted, threads=threads), as_json)
     try:
         with interruptible(display.now) as should_stop:
             artifact = pipeline.compress(

@@ -231,18 +231,16 @@ def _words(found: "Prediction") -> str:
 
 
 def _note(found: "Sequence[Prediction]") -> str:
+    from tersor.described import unknown_starts
+
     first = found[0]
-    silent = [e.machine.name for e in found if not e.machine.start_us]
-    text = (
+    parts = (
         f"{first.macs / 1e6:.1f} million multiply-accumulates in {first.operators} operators. "
-        "Predicted from documents, not measured there: each roof reached at 80 % to 10 %. "
+        "Predicted from documents, not measured there: each roof reached at 80 % to 10 %.",
+        unknown_starts([each.machine for each in found]),
+        "Measure on the machine before you decide between ranges that overlap.",
     )
-    if silent:
-        text += (
-            "Starting an operator is not in the figures where what it costs is not known "
-            f"({', '.join(silent)}): small networks take longer there. "
-        )
-    return text + "Measure on the machine before you decide between ranges that overlap."
+    return " ".join(part for part in parts if part)
 
 
 def _ways(found: "Offloading") -> str:
@@ -267,7 +265,8 @@ def _ways(found: "Offloading") -> str:
         rows.append(cells)
     lines = [table(head, rows), ""]
     lines += [paragraph(f"- {text}", "") for text in found.refused]
-    return "\n".join([*lines, paragraph(f"- {found.advice}", "")])
+    lines += [paragraph(f"- {text}", "") for text in (found.advice, found.unknown) if text]
+    return "\n".join(lines)
 
 
 def _link(option: "Option") -> str:

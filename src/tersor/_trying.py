@@ -16,6 +16,7 @@ from tersor._advice import (
     foldings,
     fusions,
     lacking,
+    packers,
     quantizers,
     shrinkers,
     trained,
@@ -23,7 +24,7 @@ from tersor._advice import (
 from tersor.core import plugins
 from tersor.core.context import Batch, Fit
 from tersor.core.errors import TersorError
-from tersor.core.goal import Limit
+from tersor.core.goal import Limit, inside
 from tersor.explainer import work_of
 from tersor.feeds import timing_inputs
 from tersor.stages import Run, State, Trial
@@ -35,7 +36,7 @@ HOPE = 0.63
 """A network may lack as many times the allowed loss as it is to train longer, to this power: nine
 times as long, four times the loss."""
 LEAST = 1.05
-"""Gain below which a smaller network is not worth its training."""
+"""Gain below which a smaller network is not worth its training, or a smaller file its packing."""
 MOST_EPOCHS = 50.0
 SPREAD = 1.3
 """A gain that was seen is predicted within this factor of it, both ways."""
@@ -47,6 +48,8 @@ AGAIN = 0.8
 """Share of the best gain from which on a number format is tried after the next fusions, too."""
 MOST_RANGE = 1.95
 """Upper end of a range to its lower one, at most."""
+_SAME = 1.005
+"""Ratio below which two figures are called the same."""
 _TIMED = 3
 """Batches that a trainer is timed on."""
 
@@ -114,6 +117,7 @@ class Trials:
     prepared: list[Suggestion] = field(default_factory=list)
     shrunk: list[Suggestion] = field(default_factory=list)
     quantized: list[Suggestion] = field(default_factory=list)
+    packed: list[Suggestion] = field(default_factory=list)
     number: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +126,8 @@ class Trials:
         """What number formats are tried on."""
         self.states: list[State] = []
         """That are to be closed."""
+        self.last = self.first
+        """With fusions and number format."""
         run, goal = self.run, self.run.recipe.goal
         assert goal is not None
         self.goal = goal
@@ -130,17 +136,17 @@ class Trials:
         self.feeds = timing_inputs(({n: b[n] for n in names} for b in batches), run.batch)
         work = work_of(run.original, self.feeds[0])
         self.facts = facts_of(
-            run.original, run.inputs, work, run.recipe.target, run.data, goal.best, MOST_EPOCHS
+            run.original, run.inputs, work, run.recipe.target, run.data, goal, MOST_EPOCHS
         )
 
     @property
     def phases(self) -> list[Callable[[], None]]:
         """What is tried, in the order of trying; smaller networks come first in the recipe."""
-        return [self.prepare, self.quantize, self.shrink]
+        return [self.prepare, self.quantize, self.pack, self.shrink]
 
     def suggestions(self) -> tuple[Suggestion, ...]:
         """Return what pays, in the order of the recipe."""
-        return (*self.shrunk, *self.prepared, *self.quantized)
+        return (*self.shrunk, *self.prepared, *self.quantized, *self.packed)
 
     def profiled(self) -> tuple[str, ...]:
         """Say what limits the network here; nothing where the runtime does not tell."""
@@ -177,10 +183,14 @@ class Trials:
         return start
 
     def quantize(self) -> None:
-        """Take the one of the number formats that buys most inside the limits, fused or not."""
+        """Take the number format that comes nearest to the limits and, of those, buys most.
+
+        It is tried with and without the fusions.
+        """
         best = max(self.starts, key=lambda each: each.gain)
-        most, self.prepared = best.gain, list(best.kept)
-        found: list[tuple[float, Suggestion]] = []
+        most, near, self.prepared = best.gain, self._reached(best.state), list(best.kept)
+        self.last = best.state
+        found: list[tuple[float, float, Suggestion]] = []
         ideas = quantizers(self.facts)
         for start in self.starts:
             gains: dict[int, float] = {}
@@ -188,24 +198,62 @@ class Trials:
                 trial = self._tried(idea.stage, start.state)
                 if trial is None:
                     continue
-                gain = _gain(trial, self.goal.best, start.state)
-                if not trial.decision.keep:
+                if trial.state is None or not trial.decision.keep:
                     self._refused(idea.stage, trial)
                     continue
-                trial.close()
+                gain, reached = (
+                    _gain(trial, self.goal.best, start.state),
+                    self._reached(trial.state),
+                )
                 gains[number] = gain
                 made = _suggestion(idea, idea.stage, gain, trial, SPREAD)
-                found.append((gain * start.gain, made))
-                if gain * start.gain > most:
-                    most = gain * start.gain
-                    self.prepared, self.quantized = list(start.kept), [made]
+                found.append((reached, gain * start.gain, made))
+                if (reached, gain * start.gain) <= (near, most):
+                    trial.close()
+                    continue
+                near, most = reached, gain * start.gain
+                self.prepared, self.quantized = list(start.kept), [made]
+                self.states.append(trial.state)
+                self.last = trial.state
             # what was far behind on one start is not tried on the next
-            near = AGAIN * max(gains.values(), default=0.0)
-            ideas = [ideas[number] for number, gain in gains.items() if gain >= near] or ideas
-        for total, other in found:
+            close = AGAIN * max(gains.values(), default=0.0)
+            ideas = [ideas[number] for number, gain in gains.items() if gain >= close] or ideas
+        for reached, total, other in found:
             if other not in self.quantized:
-                reason = f"{most / total:.2f}x less than what is taken ({other.seen})"
-                self.refusals.append(Refusal(stage=other.stage, reason=reason))
+                reason = _behind(self.goal.best, bool(self.quantized), near - reached, most / total)
+                told = Refusal(stage=other.stage, reason=f"{reason} ({other.seen})")
+                self.refusals.append(told)
+
+    def _reached(self, state: State) -> float:
+        """Tell how much of the limits a network reaches, to the percent; 1: all of them."""
+        share = 1.0
+        for name, text in self.goal.limits.items():
+            original = self.first.scores.measurements[name]
+            after = state.scores.measurements[name]
+            bound = bound_of(name, Limit.parse(text), original)
+            if not inside(after.value, bound, after.better):
+                ends = sorted((abs(after.value), abs(bound)))
+                share *= ends[0] / max(ends[1], 1e-12)
+        return round(share, 2)
+
+    def pack(self) -> None:
+        """Take packing where files that hold everything so far become smaller by it."""
+        if self.facts.best != "size" and self._reached(self.last) == 1.0:
+            return
+        for idea in packers(self.facts):
+            trial = self._tried(idea.stage, self.last)
+            if trial is None:
+                continue
+            gain = _smaller(trial, self.last)
+            if trial.state is None or not trial.decision.keep or gain <= LEAST:
+                reason = trial.decision.reason
+                if trial.decision.keep:
+                    reason = f"only {gain:.2f}x smaller ({reason})"
+                self.refusals.append(Refusal(stage=idea.stage, reason=reason))
+            else:
+                bought = _gain(trial, self.goal.best, self.last)
+                self.packed = [_suggestion(idea, idea.stage, bought, trial, SPREAD)]
+            trial.close()
 
     def shrink(self) -> None:
         """Take the smallest network that seconds of training bring near enough to the limits."""
@@ -328,6 +376,31 @@ def _gain(trial: Trial, best: str, before: State) -> float:
     old, new = before.scores.measurements[best], trial.state.scores.measurements[best]
     ratio = old.value / max(new.value, 1e-12)
     return ratio if old.better == "lower" else 1 / max(ratio, 1e-12)
+
+
+def _behind(best: str, taken: bool, further: float, ratio: float) -> str:
+    """Say how a number format compares with the one that is taken, or with none.
+
+    Args:
+        best: The metric to improve.
+        taken: Whether one is.
+        further: Share of the limits that this one reaches less.
+        ratio: How many times worse it is.
+    """
+    than = "what is taken" if taken else "without it"
+    if further > 0:
+        return f"further from the limits than {than}"
+    if ratio < _SAME:
+        return f"{best} is no better than {than}"
+    return f"{best} is {ratio:.2f}x worse than {than}"
+
+
+def _smaller(trial: Trial, before: State) -> float:
+    """Return how many times smaller the files became."""
+    if trial.state is None:
+        return 1.0
+    sizes = (each.scores.measurements["size"].value for each in (before, trial.state))
+    return next(sizes) / max(next(sizes), 1.0)
 
 
 def _suggestion(

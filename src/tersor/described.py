@@ -287,6 +287,17 @@ def compare(net: Any, inputs: Arrays, machines: Sequence[Machine]) -> tuple[Pred
     return tuple(sorted(found, key=_order))
 
 
+def unknown_starts(machines: Sequence[Machine]) -> str:
+    """Say of which machines the cost of starting an operator is not known; empty: of none."""
+    silent = ", ".join(dict.fromkeys(each.name for each in machines if not each.start_us))
+    if not silent:
+        return ""
+    return (
+        "Starting an operator is not in the figures where what it costs is not known "
+        f"({silent}): small networks take longer there."
+    )
+
+
 def _order(found: Prediction) -> float:
     return math.inf if found.best is None else found.best.middle_ms
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from tersor.core.errors import RecipeError, suggest
 from tersor.core.machine import Machine
 from tersor.core.runtime import Arrays
-from tersor.described import Estimate, Graph, Operator, count, estimate, on
+from tersor.described import Estimate, Graph, Operator, count, estimate, on, unknown_starts
 
 Where = Literal["local", "edge", "cloud", "hybrid"]
 Meets = Literal["yes", "perhaps", "no", ""]
@@ -130,6 +130,8 @@ class Offloading:
     advice: str
     refused: tuple[str, ...] = ()
     """Ways that are closed, and why."""
+    unknown: str = ""
+    """What is not in the figures, so that they are lower bounds; empty: nothing."""
 
 
 def offload(
@@ -193,6 +195,7 @@ def offload(
         deadline_ms=deadline_ms,
         advice=_advice(ranked, deadline_ms, refused),
         refused=tuple(refused),
+        unknown=unknown_starts([device, *(machine for _, machine, _ in places)]),
     )
 
 

@@ -107,10 +107,11 @@ def plan(
     metrics: Sequence[str] = ("size", "latency", "fidelity"),
     teacher: Model | torch.nn.Module | None = None,
     fit: Fit | None = None,
+    threads: int | None = None,
     out: str | Path,
 ) -> Plan:
     """Check everything and predict time, memory and disk, without doing any of it."""
-    resolved = _resolve(recipe, goal, target, None)
+    resolved = _resolve(recipe, goal, target, threads)
     names = _metric_names(resolved, metrics)
     check(model, resolved, data, names, Path(out))
     check_training(resolved, data, fit)

@@ -1,9 +1,11 @@
 """Plan: everything that can be checked before the first minute of work, and a forecast."""
 
 import inspect
+import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tersor._recipe_checks import has_labels, step_mistakes
 from tersor.core import plugins
 from tersor.core.context import Batch, Data, Fit
 from tersor.core.errors import (
@@ -21,14 +24,19 @@ from tersor.core.errors import (
     TargetError,
     TersorError,
 )
+from tersor.core.hardware import usable_cores
 from tersor.core.model import Inputs, Model, may_lower
 from tersor.core.plugins import technique_of
-from tersor.core.recipe import Recipe, check_target, stage_name
-from tersor.core.runtime import Form
+from tersor.core.recipe import Recipe, check_target, impossible, stage_name
+from tersor.core.report_words import human
+from tersor.core.runtime import Target
 from tersor.core.schema import changed
 from tersor.core.scoring import tasks_of
 from tersor.core.training import Training
 from tersor.ops.losses import first_output, task_loss
+
+_WARM_UP, _TIMED, _TIMED_S = 2, 20, 1.0
+"""Calls and seconds that the network is timed for, before a forecast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +114,7 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
         runtime = plugins.runtime(recipe.target.runtime)
         _check_system(recipe.target.runtime, runtime.system)
         plugins.require("runtimes", recipe.target.runtime, (*runtime.to_export, *runtime.to_run))
+        _check_device(recipe.target)
         if not may_lower(model.form, runtime.takes):
             mistakes.append(
                 RecipeError(
@@ -115,11 +124,13 @@ def check(model: Model, recipe: Recipe, data: Data, metrics: Sequence[str], out:
             )
     except TersorError as error:
         mistakes.append(error)
-    mistakes += _check_steps(model.form, recipe, data)
+    mistakes += step_mistakes(model, recipe, data)
+    if recipe.goal is not None:
+        mistakes += [RecipeError(text) for _, text in impossible(recipe.goal)]
     for name in metrics:
         try:
             needs = plugins.metric(name).needs
-            if "labels" in needs and not _has_labels(data.test):
+            if "labels" in needs and not has_labels(data.test):
                 mistakes.append(
                     DataError(f"the metric {name!r} needs labels, and the test batches have none")
                 )
@@ -219,12 +230,12 @@ def check_teacher(teacher: Model, model: Model, recipe: Recipe, inputs: Inputs) 
 def forecast(
     model: Model, recipe: Recipe, data: Data, inputs: Inputs, metrics: Sequence[str], out: Path
 ) -> Plan:
-    """Predict time, memory and disk from one timed step of the network on this machine.
+    """Predict time, memory and disk from a timed network on this machine.
 
     Training is taken as three forward passes a sample and, for distillation, one more of the
     teacher; measuring as one pass over validation per stage and two over test.
     """
-    per_sample = _seconds_a_sample(model, inputs)
+    per_sample = _seconds_a_sample(model, inputs, recipe.target.threads)
     counts = {s: _count(getattr(data, s)) for s in ("calibration", "train", "validation", "test")}
     seconds = (counts["validation"] + 2 * counts["test"]) * per_sample + 20.0
     for stage in recipe.stages:
@@ -237,7 +248,7 @@ def forecast(
             if "calibration" in needs:
                 seconds += 2 * counts["calibration"] * per_sample
     size = _bytes_of(model)
-    notes = [f"predicted from {per_sample * 1000:.2f} ms a sample in this process"]
+    notes = [f"predicted from {human(per_sample * 1e3, 'ms')} a sample in this process"]
     if recipe.goal is None:
         notes.append("no goal: every stage is applied as written")
     free = shutil.disk_usage(_existing(out)).free
@@ -270,40 +281,17 @@ def _check_system(name: str, system: str) -> None:
         )
 
 
-def _check_steps(form: Form, recipe: Recipe, data: Data) -> list[TersorError]:
-    mistakes: list[TersorError] = []
-    number = 0
-    for stage in recipe.stages:
-        for config in stage:
-            number += 1
-            try:
-                step = plugins.technique_of(config)
-            except TersorError as error:
-                mistakes.append(error)
-                continue
-            if not may_lower(form, step.form):
-                mistakes.append(
-                    RecipeError(
-                        f"step {number} ({step.name}) works on a network of form {step.form!r}, "
-                        f"but there it has form {form!r}; forms only go module -> exported -> onnx"
-                    )
-                )
-            else:
-                form = step.form
-            for need in step.needs:
-                if need in ("calibration", "train", "validation") and getattr(data, need) is None:
-                    mistakes.append(
-                        DataError(
-                            f"step {number} ({step.name}) needs {need} batches; the data have none"
-                        )
-                    )
-                if need == "labels" and not _has_labels(data.train or data.calibration):
-                    mistakes.append(
-                        DataError(
-                            f"step {number} ({step.name}) needs labels, and the batches have none"
-                        )
-                    )
-    return mistakes
+def _check_device(target: Target) -> None:
+    """Refuse a device that is not on this machine.
+
+    What a runtime with an environment of its own finds there shows when it is used.
+
+    Raises:
+        DependencyError: it is not there.
+    """
+    runtime = plugins.own_runtime(target.runtime)
+    if runtime.present is not None and all(map(plugins.installed, runtime.to_run)):
+        runtime.present(target)
 
 
 def _first_batch(data: Data) -> Batch | None:
@@ -362,14 +350,6 @@ def try_forward(net: nn.Module, inputs: Inputs) -> None:
         )
 
 
-def _has_labels(batches: Iterable[Batch] | None) -> bool:
-    if batches is None:
-        return False
-    for batch in batches:
-        return "labels" in batch
-    return False
-
-
 def _count(batches: Iterable[Batch] | None) -> int:
     """Count samples; of a long split with a length, from its first batch."""
     if batches is None:
@@ -384,18 +364,28 @@ def _count(batches: Iterable[Batch] | None) -> int:
         return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
-def _seconds_a_sample(model: Model, inputs: Inputs) -> float:
-    import time
-
+def _seconds_a_sample(model: Model, inputs: Inputs, threads: int) -> float:
+    """Time the network after warming up: the best of a few calls, which others disturb least."""
     if model.form != "module":
         return 0.005
-    with torch.no_grad():
-        model.net(**inputs.example)
-        start = time.perf_counter()
-        model.net(**inputs.example)
-        count = len(next(iter(inputs.example.values())))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or usable_cores())
+    clock = time.perf_counter
+    best, spent = math.inf, 0.0
+    try:
+        with torch.no_grad():
+            for _ in range(_WARM_UP + _TIMED):
+                began = clock()
+                model.net(**inputs.example)
+                took = clock() - began
+                best, spent = min(best, took), spent + took
+                if spent > _TIMED_S:
+                    break
+    finally:
+        torch.set_num_threads(before)
+    count = len(next(iter(inputs.example.values())))
     # larger batches are about twice as fast a sample
-    return (time.perf_counter() - start) / count / 2
+    return best / count / 2
 
 
 def _bytes_of(model: Model) -> int:

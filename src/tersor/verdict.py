@@ -18,6 +18,10 @@ from tersor.core.statistics import Comparison
 SPEEDS = ("latency", "throughput")
 """Metrics that are judged by the interleaved contest, not by two separate figures."""
 
+AWAY = 0.005
+"""Share of a value by which it must get worse to move away from a limit that is not reached: a file
+grows by some bytes whatever is written in it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
@@ -137,7 +141,7 @@ def _breaks(goal: Goal, name: str, seen: Evidence) -> str | None:
     figures = f"{name} {show(before)} -> {show(after)}, limit {_number(bound, after.unit)}"
     if inside(before.value, bound, before.better):
         return f"breaks the limit {name}={goal.limits[name]}: {figures}"
-    if _loss(name, seen):
+    if _loss(name, seen) and abs(after.value - before.value) > AWAY * abs(before.value):
         return f"moves away from the limit {name}={goal.limits[name]}: {figures}"
     return None
 

@@ -76,6 +76,12 @@ def test_they_are_kept_and_only_raised(tmp_path, monkeypatch):
     assert replace(second, busy=True).busy
 
 
+def test_nothing_is_kept_where_nothing_can_be_written(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.setattr(roofs, "_measure", lambda threads: some())
+    assert roofs.ceilings(1) == some()
+
+
 @pytest.mark.slow
 def test_this_machine_has_roofs(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

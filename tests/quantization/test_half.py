@@ -35,7 +35,7 @@ def test_runtime_without_it_is_refused(tiny_context: Any) -> None:
     context = tiny_context(net, target=Target(runtime="onnxruntime"))
     with pytest.raises(
         TargetError,
-        match=r"onnxruntime:cpu has no kernels that compute in bf16; use one of the runtimes onnxruntime:cuda, tensorrt, openvino, .*, or the step static",
+        match=r"onnxruntime:cpu has no kernels that compute in bf16; use one of the targets onnxruntime:cuda, onnxruntime:tensorrt, openvino:cpu, .*, or the step static",
     ):
         half(net, Half(), context)
 

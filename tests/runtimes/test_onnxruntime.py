@@ -13,7 +13,7 @@ pytest.importorskip("onnx")
 import onnx
 import onnxruntime
 
-from tersor.core.errors import ModelError, TargetError
+from tersor.core.errors import DependencyError, ModelError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.runtime import Signature, Target
 from tersor.ops.onnx_providers import PROVIDERS, check_placement, provider_options
@@ -145,7 +145,7 @@ def test_what_cannot_be_is_refused(options: Any, message: str, tmp_path: Path) -
 def test_missing_provider_names_what_has_it(device: str, tmp_path: Path) -> None:
     (file,) = exported(tmp_path)
     provider = PROVIDERS[device]
-    with pytest.raises(TargetError, match=rf"has no {provider.name}, .*: {provider.brings}$"):
+    with pytest.raises(DependencyError, match=rf"has no {provider.name}, .*: {provider.brings}$"):
         runtime.load(file, target(device))
 
 

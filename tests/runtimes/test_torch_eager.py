@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core import plugins
-from tersor.core.errors import RecipeError, TargetError
+from tersor.core.errors import DependencyError, RecipeError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.recipe import check_target
 from tersor.core.runtime import Target
@@ -97,7 +97,7 @@ def test_switches_are_true_or_false(option: str) -> None:
 @pytest.mark.parametrize("option", SWITCHES)
 def test_no_cuda_device_is_said(option: str) -> None:
     target = Target(runtime="torch_eager", device="cuda", options={option: True})
-    with pytest.raises(TargetError, match="this PyTorch finds no CUDA device; use :cpu"):
+    with pytest.raises(DependencyError, match="this PyTorch finds no CUDA device; use :cpu"):
         TorchRunner(nn.Identity(), ["input"], target)
 
 

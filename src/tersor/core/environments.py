@@ -26,12 +26,21 @@ _LONGEST_S = 3600.0
 
 
 def folder() -> Path:
-    """Return where environments are kept; it may not exist."""
+    """Return where environments are kept; it may not exist.
+
+    Raises:
+        DependencyError: nothing says where, and this user has no home.
+    """
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
     data = os.environ.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path("~/.local/share").expanduser()) / "tersor/environments"
+    try:
+        return (Path(data) if data else Path("~/.local/share").expanduser()) / "tersor/environments"
+    except RuntimeError as error:
+        raise DependencyError(
+            f"this user has no home directory for environments; set {VARIABLE} to a folder"
+        ) from error
 
 
 def known() -> tuple[str, ...]:
@@ -47,10 +56,11 @@ def pins(name: str) -> tuple[str, ...]:
 
 def python(name: str) -> Path | None:
     """Return the interpreter of an environment, where it is there and whole."""
-    place = folder() / name
-    if not (place / _DONE).is_file():
+    try:
+        place = folder() / name
+    except DependencyError:
         return None
-    return _interpreter(place)
+    return _interpreter(place) if (place / _DONE).is_file() else None
 
 
 def create(name: str, tell: Callable[[str], None]) -> Path:

@@ -26,7 +26,9 @@ from tersor.core.training import Training
 Stage = tuple[Any, ...]
 """Configs judged together, e.g. (Channels(...), DistillLogits(...))."""
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
-_LARGEST = 1_000_000
+_LARGEST, _DEEPEST = 1_000_000, 50
+_NEVER_ZERO = ("ms", "s", "B", "J")
+"""Units of what running and storing takes."""
 _TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")
 }
@@ -44,6 +46,27 @@ class Recipe:
     """Without a goal every stage is applied as written."""
     training: Training = field(default_factory=Training)
     """How the steps that train do it."""
+    file: str = field(default="recipe", compare=False)
+    """What it was read from, as mistakes name it."""
+    places: "Places" = field(default_factory=dict, compare=False, repr=False)
+    """Line and column of what stands in that file."""
+
+    def at(self, stage: int, step: int, text: str, *inside: str) -> str:
+        """Say what is wrong with a step, and where that is: "x.yaml:3:5: step 2 (static): ...".
+
+        Args:
+            stage: Its number, from 0.
+            step: Its number in the stage, from 0.
+            text: What is wrong.
+            inside: The setting that is wrong.
+        """
+        name = step_name(self.stages[stage][step])
+        path: tuple[Any, ...] = ("steps", stage, step)
+        if path not in self.places:  # a stage of one step is no list
+            path = ("steps", stage)
+        return located(
+            self.file, Mistake((*path, name, *inside), text, (*path, name, *inside)), self.places
+        )
 
     @staticmethod
     def load(path: str | Path, target: Target | None = None) -> "Recipe":
@@ -158,7 +181,7 @@ def _build(raw: Any, where: str, places: Places) -> Recipe:
     if mistakes.found:
         raise RecipeError(*(located(where, mistake, places) for mistake in mistakes.found))
     assert recipe is not None
-    return recipe
+    return replace(recipe, file=where, places=places)
 
 
 def located(where: str, mistake: Mistake, places: Places) -> str:
@@ -328,6 +351,32 @@ def _known_metrics(goal: Goal, mistakes: Mistakes) -> None:
         if name not in known:
             at = ("goal", place, name, KEY) if place == "limits" else ("goal", place)
             mistakes.add(("goal", place), f"unknown metric {name!r}.{suggest(name, known)}", at)
+    for name, text in impossible(goal):
+        mistakes.add(("goal", "limits"), text, ("goal", "limits", name))
+
+
+def impossible(goal: Goal) -> Iterator[tuple[str, str]]:
+    """Find limits that no network can keep, or that do not fit their metric.
+
+    Yields:
+        The metric, and what is wrong. Metrics that do not exist are passed over.
+    """
+    known = plugins.names("metrics")
+    for name, limit in goal.parsed().items():
+        if name not in known:
+            continue
+        metric = plugins.metric(name)
+        try:
+            bound = limit.bound(1.0, metric.unit, metric.better)
+        except ValueError as error:
+            yield name, f"limit on {name}: {error}"
+            continue
+        if bound <= 0 and metric.better == "lower" and metric.unit in _NEVER_ZERO:
+            yield (
+                name,
+                f"limit on {name}: {goal.limits[name]!r} cannot be kept, since no network has a "
+                f"{name} of 0; write what is allowed, such as 50% of what it has now",
+            )
 
 
 def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
@@ -346,12 +395,15 @@ def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
         raise RecipeError(f"{file.name}: {len(text)} characters is too long for a recipe")
     loader = yaml.SafeLoader(text)
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            at = f"{file.name}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                line, column = event.start_mark.line + 1, event.start_mark.column + 1
-                raise RecipeError(
-                    f"{file.name}:{line}:{column}: anchors and aliases are not allowed"
-                )
+                raise RecipeError(f"{at}: anchors and aliases are not allowed")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise RecipeError(f"{at}: nested too deeply")
         node = loader.get_single_node()
         places: dict[tuple[Any, ...], tuple[int, int]] = {}
         return (None if node is None else _plain(loader, node, (), places, file.name)), places
@@ -360,8 +412,6 @@ def read_yaml(file: Path) -> tuple[Any, dict[tuple[Any, ...], tuple[int, int]]]:
         at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{file.name}{at}: {problem}") from error
-    except RecursionError as error:
-        raise RecipeError(f"{file.name}: nested too deeply") from error
 
 
 def _plain(
@@ -373,6 +423,8 @@ def _plain(
 ) -> Any:
     places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
     at = f"{name}:{places[path][0]}:{places[path][1]}"
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _TAGS:
+        raise RecipeError(f"{at}: the tag {node.tag!r} is not allowed")
     if isinstance(node, yaml.SequenceNode):
         return [_plain(loader, item, (*path, i), places, name) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):

@@ -164,6 +164,8 @@ class Runtime:
     """Names allowed in `Target.options`."""
     check: Callable[[Target], object] | None = None
     """Raise `TargetError` for values of options that cannot be, wherever it is run."""
+    present: Callable[[Target], object] | None = None
+    """Raise `DependencyError` where this machine lacks what the device needs."""
     half_on: tuple[str, ...] | None = None
     """Devices that compute in 16 bits, of those with the option `precision`; None: all."""
     autocasts: bool = False

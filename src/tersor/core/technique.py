@@ -15,7 +15,7 @@ A = TypeVar("A", bound=Callable[..., Any])
 
 @dataclass(frozen=True, kw_only=True)
 class Technique:
-    """What is known of a technique; everything but `needs` and `paper` is read off its file."""
+    """What is known of a technique; all but `needs`, `renames` and `paper` is read off its file."""
 
     name: str
     """The file's name."""
@@ -27,6 +27,8 @@ class Technique:
     """From the type of the function's second parameter."""
     needs: tuple[Need, ...]
     """What the context must hold."""
+    renames: bool
+    """Whether its layers get names that the network did not have."""
     paper: str | None
     """Source, such as "arXiv:2306.11695"."""
     summary: str
@@ -35,7 +37,9 @@ class Technique:
     """The function."""
 
 
-def technique(*, needs: tuple[Need, ...] = (), paper: str | None = None) -> Callable[[A], A]:
+def technique(
+    *, needs: tuple[Need, ...] = (), renames: bool = False, paper: str | None = None
+) -> Callable[[A], A]:
     """Mark a function as the technique of its file.
 
     The pipeline copies the caller's network once; a technique may change the one it is given, and
@@ -45,11 +49,13 @@ def technique(*, needs: tuple[Need, ...] = (), paper: str | None = None) -> Call
         needs: Splits and facts that the context must hold: "calibration", "train", "validation",
             "labels" (in those splits), "reference" (the original network), "teacher" (the one the
             user gives, else the original).
+        renames: Whether layers get names that the network did not have; patterns of steps after it
+            are then not compared with the network's before there is work.
         paper: Where the method comes from.
     """
 
     def mark(apply: A) -> A:
-        apply.__technique__ = {"needs": needs, "paper": paper}  # type: ignore[attr-defined]  # read back by plugins.technique
+        apply.__technique__ = {"needs": needs, "renames": renames, "paper": paper}  # type: ignore[attr-defined]  # read back by plugins.technique
         return apply
 
     return mark

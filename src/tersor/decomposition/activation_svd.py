@@ -49,7 +49,7 @@ class ActivationSvd:
         return None if changes is None else replace(self, **changes)
 
 
-@technique(needs=("calibration",), paper="arXiv:2403.07378")
+@technique(needs=("calibration",), renames=True, paper="arXiv:2403.07378")
 def activation_svd(net: nn.Module, config: ActivationSvd, context: Context) -> nn.Module:
     """Replace W by left @ right so that W x changes least over the inputs x of calibration data.
 

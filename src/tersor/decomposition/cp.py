@@ -52,7 +52,7 @@ class Cp:
         return None if changes is None else replace(self, **changes)
 
 
-@technique(paper="arXiv:1412.6553")
+@technique(renames=True, paper="arXiv:1412.6553")
 def cp(net: nn.Module, config: Cp, context: Context) -> nn.Module:
     """Replace kernels by sums of products of one vector for each mode.
 

@@ -79,7 +79,7 @@ class GroupedConvolution:
         return None if changes is None else replace(self, **changes)
 
 
-@technique(paper="arXiv:1808.05517")
+@technique(renames=True, paper="arXiv:1808.05517")
 def grouped_convolution(net: nn.Module, config: GroupedConvolution, context: Context) -> nn.Module:
     """Replace convolutions by depthwise-separable or grouped ones, fitted by least squares.
 

@@ -48,7 +48,7 @@ class SpatialSvd:
         return None if changes is None else replace(self, **changes)
 
 
-@technique(paper="arXiv:1405.3866")
+@technique(renames=True, paper="arXiv:1405.3866")
 def spatial_svd(net: nn.Module, config: SpatialSvd, context: Context) -> nn.Module:
     """Replace kernels by vertical ones to few channels, and horizontal ones to all outputs.
 

@@ -45,7 +45,7 @@ class Svd:
         return None if changes is None else replace(self, **changes)
 
 
-@technique(paper="arXiv:1404.0736")
+@technique(renames=True, paper="arXiv:1404.0736")
 def svd(net: nn.Module, config: Svd, context: Context) -> nn.Module:
     """Replace W by left @ right with fewer numbers: the nearest weights of that rank.
 

@@ -59,7 +59,7 @@ class Tucker:
         return None if changes is None else replace(self, **changes)
 
 
-@technique(paper="arXiv:1511.06530")
+@technique(renames=True, paper="arXiv:1511.06530")
 def tucker(net: nn.Module, config: Tucker, context: Context) -> nn.Module:
     """Replace kernels by the Tucker-2 form: a core between two changes of channels.
 

@@ -34,7 +34,7 @@ class FuseAttention:
     target; all: the one that holds the projections, too, without a race."""
 
 
-@technique()
+@technique(renames=True)
 def fuse_attention(net: nn.Module, config: FuseAttention, context: Context) -> nn.Module:
     """Write attention as one call, then as the kernel of the target.
 

@@ -30,7 +30,7 @@ class FuseQkv:
     """Linear layers that may be merged."""
 
 
-@technique()
+@technique(renames=True)
 def fuse_qkv(net: nn.Module, config: FuseQkv, context: Context) -> nn.Module:
     """Put the matrices of queries, keys and values on top of one another.
 

@@ -12,6 +12,7 @@ Source:
     asks for large pages, as runtimes do not; without them memory gives less.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -94,10 +95,10 @@ def ceilings(threads: int = 0, *, fresh: bool = False) -> Ceilings:
     made = _measure(threads)
     if known is not None:
         made = _higher(known, made)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.replace_file(
-        file, json.dumps({"schema": _SCHEMA, "ceilings": to_plain(made)}, indent=1).encode()
-    )
+    content = json.dumps({"schema": _SCHEMA, "ceilings": to_plain(made)}, indent=1).encode()
+    with contextlib.suppress(OSError):  # no room, no folder: measured again next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_file(file, content)
     return made
 
 

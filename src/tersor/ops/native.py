@@ -38,8 +38,14 @@ class Build:
 
 
 def cache_folder() -> Path:
-    """Return where tersor keeps what can be made again: `tersor` in XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tersor"
+    """Return where tersor keeps what can be made again: `tersor` in XDG_CACHE_HOME.
+
+    A user without a home gets a place where nothing is, and nothing can be written.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tersor"
+    except RuntimeError:
+        return Path(os.devnull) / "tersor"
 
 
 @cache

@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import DependencyError, TargetError
 from tersor.core.runtime import Target
 
 
@@ -54,13 +54,13 @@ def available(target: Target) -> Provider:
     """Return the provider that a target's device is.
 
     Raises:
-        TargetError: this build of ONNX Runtime lacks it; what has it is said.
+        DependencyError: this build of ONNX Runtime lacks it; what has it is said.
     """
     import onnxruntime
 
     provider = PROVIDERS[target.device]
     if provider.name not in onnxruntime.get_available_providers():
-        raise TargetError(
+        raise DependencyError(
             f"this build of ONNX Runtime {onnxruntime.__version__} has no {provider.name}, which "
             f"the device {target.device!r} is. What has it: {provider.brings}"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tersor.core.errors import TargetError
 from tersor.core.hardware import usable_cores
 from tersor.core.runtime import Arrays, Target
+from tersor.ops.cuda_device import present
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SWITCHES = ("channels_last", "cudnn_autotune", "cuda_graphs", "stream")
@@ -37,8 +38,7 @@ class TorchRunner:
         self.threads = target.threads or usable_cores()
         self.switches = _switches(target)
         self.device = torch.device(target.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise TargetError("this PyTorch finds no CUDA device; use :cpu")
+        present(target)
         self.net = net.to(self.device)
         if "channels_last" in self.switches:
             _to_channels_last(self.net)

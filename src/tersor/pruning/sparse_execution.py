@@ -12,6 +12,7 @@ from tersor.core import plugins
 from tersor.core.context import Context
 from tersor.core.errors import ModelError, TargetError, UnfitError
 from tersor.core.layers import Layers
+from tersor.core.runtime import Target
 from tersor.core.technique import technique
 from tersor.ops.attention import split_attention
 from tersor.ops.capture import capture
@@ -39,6 +40,21 @@ class SparseExecution:
     def __post_init__(self) -> None:
         if not 0 < self.min_zeros < 1:
             raise ValueError(f"min_zeros must be in (0, 1), got {self.min_zeros}")
+
+    def check_target(self, target: Target) -> None:
+        """Refuse a target without an operator for sparse weights.
+
+        Raises:
+            TargetError: those that have it are named.
+        """
+        if plugins.runtime(target.runtime).own_operators and target.device == "cpu":
+            return
+        able = [name for name in plugins.names("runtimes") if plugins.runtime(name).own_operators]
+        raise TargetError(
+            f"{target} has no operator for sparse weights: zeros would be multiplied like all "
+            f"others; use one of the runtimes {', '.join(able)} on the cpu, or a step that makes "
+            "layers smaller, such as channels"
+        )
 
 
 @dataclass(kw_only=True)
@@ -69,7 +85,7 @@ def sparse_execution(net: nn.Module, config: SparseExecution, context: Context) 
         vectors' dimension. Instead of a kernel size by size, a convolution is one product over
         shifted images.
     """
-    _check_target(context)
+    config.check_target(context.target)
     captured = capture(net.eval(), context.inputs)
     split_attention(captured, context.inputs)
     calls = _calls(captured)
@@ -95,18 +111,6 @@ def _grouped(reasons: Mapping[str, str]) -> str:
         for reason, names in layers.items()
     ]
     return "; ".join(told[:_TOLD]) + (f"; {len(told) - _TOLD} more" if len(told) > _TOLD else "")
-
-
-def _check_target(context: Context) -> None:
-    target = context.target
-    if plugins.runtime(target.runtime).own_operators and target.device == "cpu":
-        return
-    able = [name for name in plugins.names("runtimes") if plugins.runtime(name).own_operators]
-    raise TargetError(
-        f"{target} has no operator for sparse weights: zeros would be multiplied like all others; "
-        f"use one of the runtimes {', '.join(able)} on the cpu, or a step that makes layers "
-        "smaller, such as channels"
-    )
 
 
 def _calls(captured: fx.GraphModule) -> dict[str, fx.Node]:

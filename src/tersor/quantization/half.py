@@ -35,6 +35,38 @@ class Half:
     """Which layers get fewer bits; the others stay in fp32. To compute in 16 bits, on PyTorch only:
     other runtimes turn the whole network."""
 
+    def check_target(self, target: Target) -> None:
+        """Refuse a target that has no such format.
+
+        Raises:
+            TargetError: those that have it are named.
+        """
+        runtimes = {name: plugins.runtime(name) for name in plugins.names("runtimes")}
+        if self.of_weights(target):
+            check_weights(self.format, target, runtimes)
+        elif not runtimes[target.runtime].halves(target.device):
+            able = [
+                f"{name}:{device}"
+                for name, runtime in runtimes.items()
+                for device in runtime.devices
+                if runtime.halves(device)
+            ]
+            raise TargetError(
+                f"{target} has no kernels that compute in {self.format}; use one of the targets "
+                f"{', '.join(able)}, or the step static (int8)"
+            )
+        elif self.layers != Layers() and not runtimes[target.runtime].autocasts:
+            able = [name for name, runtime in runtimes.items() if runtime.autocasts]
+            raise TargetError(
+                f"{target} turns a network to {self.format} as a whole, so `layers` cannot be kept;"
+                f" leave it out, use one of the runtimes {', '.join(able)}, or mixed_precision"
+                " (int8)"
+            )
+
+    def of_weights(self, target: Target) -> bool:
+        """Tell whether weights alone have the format there."""
+        return self.format in FLOAT8 or self.format in plugins.runtime(target.runtime).weights
+
 
 @technique()
 def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
@@ -55,19 +87,9 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
         UnfitError: no layer can keep its weights in so few bits.
         ModelError: weights are NaN or infinite.
     """
-    runtime = plugins.runtime(context.target.runtime)
-    if config.format in FLOAT8 or config.format in runtime.weights:
+    config.check_target(context.target)
+    if config.of_weights(context.target):
         return _smaller(net, config, context)
-    if not runtime.halves(context.target.device):
-        able = [
-            f"{name}:{', '.join(each.half_on)}" if each.half_on else name
-            for name in plugins.names("runtimes")
-            if "precision" in (each := plugins.runtime(name)).options
-        ]
-        raise TargetError(
-            f"{context.target} has no kernels that compute in {config.format}; "
-            f"use one of the runtimes {', '.join(able)}, or the step static (int8)"
-        )
     if config.layers != Layers():
         net = _keep(net, config, context)
     note(net, precision=config.format)
@@ -77,13 +99,6 @@ def half(net: nn.Module, config: Half, context: Context) -> nn.Module:
 
 def _keep(net: nn.Module, config: Half, context: Context) -> nn.Module:
     """Take layers out of the 16 bits that the rest is computed in."""
-    if not plugins.runtime(context.target.runtime).autocasts:
-        able = [n for n in plugins.names("runtimes") if plugins.runtime(n).autocasts]
-        raise TargetError(
-            f"{context.target} turns a network to {config.format} as a whole, so `layers` cannot "
-            f"be kept; leave it out, use one of the runtimes {', '.join(able)}, or "
-            "mixed_precision (int8)"
-        )
     captured = capture(net.eval(), context.inputs)
     names = _called(captured, 1)
     chosen = _chosen(names, config)
@@ -119,9 +134,6 @@ def _chosen(names: list[str], config: Half) -> list[str]:
 
 def _smaller(net: nn.Module, config: Half, context: Context) -> nn.Module:
     """Keep weights in fewer bits."""
-    check_weights(
-        config.format, context.target, {n: plugins.runtime(n) for n in plugins.names("runtimes")}
-    )
     captured = capture(net.eval(), context.inputs)
     split_attention(captured, context.inputs)
     folded = fold_batch_norms(captured, context.inputs)

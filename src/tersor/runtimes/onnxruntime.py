@@ -449,6 +449,7 @@ RUNTIME = Runtime(
     targeted=True,
     options=("threads", "optimization", "format", "precision", *_SWITCHES),
     check=check,
+    present=available,
     half_on=tuple(name for name, each in PROVIDERS.items() if each.memory == "cuda"),
     weights=("fp8_e4m3", "fp8_e5m2"),
     to_export=("onnx", "onnxscript"),

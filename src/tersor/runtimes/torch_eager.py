@@ -11,6 +11,7 @@ from typing import Any
 
 from tersor.core.model import Inputs
 from tersor.core.runtime import Runner, Runtime, Target
+from tersor.ops.cuda_device import present
 
 
 def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
@@ -41,6 +42,7 @@ RUNTIME = Runtime(
     devices=("cpu", "cuda"),
     export=export,
     load=load,
+    present=present,
     native=False,
     options=(
         "threads",

@@ -13,6 +13,7 @@ from tersor.core import plugins
 from tersor.core.errors import ModelError, TargetError
 from tersor.core.model import Inputs
 from tersor.core.runtime import Runner, Runtime, Signature, Target
+from tersor.ops.cuda_device import present
 
 
 def export(net: Any, folder: Path, inputs: Inputs) -> Sequence[Path]:
@@ -62,6 +63,7 @@ RUNTIME = Runtime(
     devices=("cpu", "cuda"),
     export=export,
     load=load,
+    present=present,
     inputs=inputs,
     suffixes=(".pt2",),
     native=False,

@@ -19,6 +19,7 @@ from tersor.core.errors import TargetError, last_line
 from tersor.core.model import Inputs
 from tersor.core.pieces import narrowed
 from tersor.core.runtime import Runner, Runtime, Target
+from tersor.ops.cuda_device import present
 
 _TOLERANCE = 1e-3
 """Largest difference of a trace, relative to the largest output: other summation orders."""
@@ -120,6 +121,7 @@ RUNTIME = Runtime(
     devices=("cpu", "cuda"),
     export=export,
     load=load,
+    present=present,
     runs_code=True,
     options=(
         "threads",
