@@ -6,10 +6,11 @@ same bytes.
 
 import contextlib
 import io
+import itertools
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -206,7 +207,42 @@ def _to_onnx(program: ExportedProgram, *, own: bool) -> Any:
             f"the network cannot be written as ONNX: {named_lines(error, 2)}"
         ) from error
     _strip(model)
+    _keep_names(model.graph, program.graph_signature.user_inputs)
     return finish(model)
+
+
+def _keep_names(graph: Any, wanted: Iterable[Any]) -> None:
+    """Give inputs that the network returns unchanged their own names again.
+
+    The exporter hands the name of such an input to the output and calls the input NAME_orig.
+    """
+    names = {name for name in wanted if isinstance(name, str)}
+    ports = {port.name for port in graph.input}
+    lost = [n for n in sorted(names - ports) if f"{n}_orig" in ports]
+    if not lost:
+        return
+    known = {name for node in graph.node for name in (*node.input, *node.output)}
+    renamed: dict[str, str] = {}
+    for name in lost:
+        output = next(
+            made
+            for made in (f"{name}_output{i or ''}" for i in itertools.count())
+            if made not in known
+        )
+        renamed |= {f"{name}_orig": name, name: output}
+    _rename(graph, renamed)
+
+
+def _rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Rename tensors in a graph and in those inside its nodes, which see them too."""
+    for port in (*graph.input, *graph.output):
+        port.name = names.get(port.name, port.name)
+    for node in graph.node:
+        for side in (node.input, node.output):
+            side[:] = [names.get(name, name) for name in side]
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _rename(inner, names)
 
 
 def _strip(model: Any) -> None:
