@@ -58,6 +58,34 @@ def test_an_input_that_is_returned_unchanged_keeps_its_name(runtime, sign, tmp_p
         np.testing.assert_array_equal(found, wanted.numpy())
 
 
+class Decides(nn.Module):
+    """Turns its input round where the sum is negative."""
+
+    def __init__(self, read: bool) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.read:
+            return x * int(x.sum().item())
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(("read", "line"), [(True, "int(x.sum().item())"), (False, "> 0")])
+def test_decisions_by_content_are_refused_with_their_line(read, line, capfd):
+    with pytest.raises(ModelError) as caught:
+        lower(Decides(read).eval(), "onnx", Inputs(example={"x": torch.randn(2, 4)}))
+    message = str(caught.value)
+    assert message.startswith("forward of Decides decides by the content of a tensor at ")
+    assert "test_lower.py:" in message
+    assert line in message
+    assert "torch.where" in message
+    assert "torch.cond" in message
+    assert "torch_eager" in message
+    assert capfd.readouterr().err == ""
+    assert "print" not in vars(torch.export._trace)
+
+
 def test_len_of_a_batch_does_not_freeze_it(tmp_path):
     net = ByLength().eval()
     ways = Inputs(example={"x": torch.randn(2, 5, 4)}, dynamic={"x": {0: "batch"}})
