@@ -138,6 +138,51 @@ def test_inspect_an_artifact(artifact: Path, capsys: pytest.CaptureFixture[str])
     assert all(0 <= layer["sparsity"] <= 1 for layer in found["layers"])
 
 
+def written(runtime: str, folder: Path) -> Path:
+    """Write an artifact of a tiny network, a quarter of whose first kernel is zero."""
+    from tersor.core import plugins
+    from tersor.core.artifact import write_artifact
+    from tersor.core.report import Report
+    from tersor.core.runtime import Target
+    from tersor.ops.lower import lower
+    from tests import networks
+
+    net, inputs = networks.tiny_cnn(trained=False), networks.inputs()
+    net.conv1.weight.data[:2] = 0
+    found = plugins.runtime(runtime)
+    files = found.export(lower(net, found.takes, inputs), folder, inputs)
+    manifest = {"recipe": {}, "target": Target(runtime=runtime), "inputs": {}}
+    write_artifact(folder / "out", files=files, manifest=manifest, report=Report())
+    return folder / "out"
+
+
+def test_inspect_shows_the_zeros_of_torch_eager(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    out = str(written("torch_eager", tmp_path))
+    code, raw, err = talk(capsys, "inspect", out, "--json")
+    first = next(layer for layer in json.loads(raw)["layers"] if layer["name"] == "conv1")
+    assert (code, err, first["shape"]) == (0, "", [8, 1, 3, 3])
+    assert first["weight_sparsity"] == 0.25
+    code, shown, _ = talk(capsys, "inspect", out)
+    assert (code, "25.0 %" in shown) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "file"),
+    [
+        pytest.param("torch_compile", "compiled.pt2", marks=pytest.mark.slow),
+        ("torchscript", "model.pt"),
+    ],
+)
+def test_inspect_shows_what_it_can_of_compiled_code(
+    runtime: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = written(runtime, tmp_path)
+    code, shown, err = talk(capsys, "inspect", str(out))
+    assert code == 0
+    assert f"{runtime}:cpu" in shown
+    assert err == f"layers are not shown: {file} is compiled code ({runtime})\n"
+
+
 def test_inspect_finds_an_altered_file(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     import shutil
 
