@@ -308,6 +308,28 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         measure(notes)
 
 
+@pytest.mark.parametrize(
+    ("runtime", "said"),
+    [
+        ("torch_export", "torch_export runs .pt2 files, not 'm.onnx'; compress to this target, and give the artifact, or measure this file on onnxruntime or openvino"),
+        ("torch_eager", "torch_eager runs artifacts only, not 'm.onnx': the file does not say what it takes, or is code; compress to this target, and give the artifact, or measure this file on onnxruntime or openvino"),
+        ("litert", "litert runs .tflite files, not 'm.onnx'; compress to this target, and give the artifact, or measure this file on onnxruntime or openvino"),
+    ],
+)  # fmt: skip
+def test_a_file_of_other_runtimes_is_refused(runtime: str, said: str, tmp_path: Path) -> None:
+    file = linear_onnx(tmp_path / "m.onnx")
+    with pytest.raises(ModelError) as caught:
+        measure(file, target=Target(runtime=runtime))
+    assert str(caught.value) == said
+
+
+def test_openvino_runs_an_onnx_file_as_it_is(tmp_path: Path, short: None) -> None:
+    pytest.importorskip("openvino")
+    size, latency_ = measure(linear_onnx(tmp_path / "m.onnx"), target=Target(runtime="openvino"))
+    assert size.value == (tmp_path / "m.onnx").stat().st_size
+    assert latency_.value > 0
+
+
 def test_broken_and_fixed_model_files_are_named(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     broken = tmp_path / "broken.onnx"
