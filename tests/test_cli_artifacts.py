@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.command import ROOT, failing, talk
+from tests.runners import linear_onnx
 
 NETWORKS = str(ROOT / "tests" / "networks.py")
 
@@ -123,6 +124,17 @@ def test_run_leaves_no_half_written_output(
     assert code == 2
     assert "cannot be written" in err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["x.npz", "y.npz"]
+
+
+@pytest.mark.parametrize("words", [("run", "--input", "x.npz"), ("deploy", "--to", "triton", "--out", "tt")])  # fmt: skip
+def test_a_model_file_is_no_artifact(words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    file = linear_onnx(tmp_path / "m.onnx")
+    code, err = failing(capsys, words[0], str(file), *words[1:])
+    assert code == 2
+    assert err == (
+        f"{str(file)!r} is a file, not a directory: an artifact is the folder that compress makes "
+        f"of a network, as in: tersor compress {file} --data DATA --recipe auto --out FOLDER\n"
+    )
 
 
 def test_inspect_an_artifact(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
