@@ -1,6 +1,7 @@
 """What can be measured: an artifact, its directory, or a bare model file; and inputs for it."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tersor.core.runtime import Arrays, Runner, Signature, Target
 from tersor.core.schema import to_plain
 from tersor.core.sniffing import foreign, sniff
 
+_log = logging.getLogger("tersor")
 TRIAL_S = 120.0
 """Longest time that reading, loading or running a file that is no artifact may take at first."""
 
@@ -183,9 +185,23 @@ def _bare(path: Path, target: Target | None, threads: int | None) -> Place:
     plugins.require("runtimes", target.runtime, runtime.to_run)
     assert runtime.inputs is not None
     if plugins.own_runtime(target.runtime).native:
-        return _tried(place)
+        place = _tried(place)
+        _tell_faults(path)
+        return place
     read = runtime.inputs
     return replace(place, inputs=what_it_takes(path, lambda: read(path)))
+
+
+def _tell_faults(path: Path) -> None:
+    """Warn of what compress refuses in a file that runs all the same, such as a scale of 0."""
+    if path.suffix != ".onnx" or not plugins.installed("onnx"):
+        return
+    check = plugins.source("onnx").check
+    assert check is not None
+    try:
+        check(path)
+    except ModelError as error:
+        _log.warning("warning: %s", error)
 
 
 def _check_ending(path: Path, name: str) -> None:
