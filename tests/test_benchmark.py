@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,6 +307,78 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         match=r"'notes.txt' is neither an artifact nor a model file that tersor runs \(.*\.onnx.*\)",
     ):
         measure(notes)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "said"),
+    [
+        ("torch_export", "torch_export runs .pt2 files, not 'm.onnx'; compress to this target, and give the artifact, or measure this file on onnxruntime or openvino"),
+        ("torch_eager", "torch_eager runs artifacts only, not 'm.onnx': the file does not say what it takes, or is code; compress to this target, and give the artifact, or measure this file on onnxruntime or openvino"),
+        ("litert", "litert runs .tflite files, not 'm.onnx'; compress to this target, and give the artifact, or measure this file on onnxruntime or openvino"),
+    ],
+)  # fmt: skip
+def test_a_file_of_other_runtimes_is_refused(runtime: str, said: str, tmp_path: Path) -> None:
+    file = linear_onnx(tmp_path / "m.onnx")
+    with pytest.raises(ModelError) as caught:
+        measure(file, target=Target(runtime=runtime))
+    assert str(caught.value) == said
+
+
+def test_openvino_runs_an_onnx_file_as_it_is(tmp_path: Path, short: None) -> None:
+    pytest.importorskip("openvino")
+    size, latency_ = measure(linear_onnx(tmp_path / "m.onnx"), target=Target(runtime="openvino"))
+    assert size.value == (tmp_path / "m.onnx").stat().st_size
+    assert latency_.value > 0
+
+
+def _onnx(file: Path, nodes: list[Any], scale: float = 1.0) -> Path:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(np.float32(scale), "s")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, file)
+    return file
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(0.0, True), (-1.0, True), (0.5, False)])
+def test_scales_that_are_not_positive_are_told(
+    scale: float, warned: bool, tmp_path: Path, short: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    from onnx import helper
+
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["q"], name="round"),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["y"]),
+    ]
+    file = _onnx(tmp_path / "m.onnx", nodes, scale)
+    measure(file, threads=1)
+    told = f"warning: ONNX model {str(file)!r}: scale 's' of node 'round' is not positive"
+    assert (told in caplog.messages) == warned
+
+
+def test_outputs_that_are_not_finite_are_told(
+    tmp_path: Path, short: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    from onnx import helper
+
+    file = _onnx(tmp_path / "m.onnx", [helper.make_node("Log", ["x"], ["y"])])
+    measure(file, threads=1, data=Data(test=[{"x": np.full((2, 4), 0.5, np.float32)}]))
+    assert not caplog.messages
+    mixed = Data(test=[{"x": np.array([[1, 2, -1, 0]], np.float32)}])
+    measure(file, threads=1, data=mixed)
+    said = f"warning: 2 of 4 outputs of {file} are not finite (NaN or infinite) on the first batch"
+    assert caplog.messages == [said]
+    measure(file, threads=1)
+    assert caplog.messages[-1].endswith(
+        "on the first batch, which is random; give data to see whether they are on real inputs"
+    )
 
 
 def test_broken_and_fixed_model_files_are_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.command import ROOT, failing, talk
+from tests.runners import linear_onnx
 
 NETWORKS = str(ROOT / "tests" / "networks.py")
 
@@ -125,6 +126,17 @@ def test_run_leaves_no_half_written_output(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["x.npz", "y.npz"]
 
 
+@pytest.mark.parametrize("words", [("run", "--input", "x.npz"), ("deploy", "--to", "triton", "--out", "tt")])  # fmt: skip
+def test_a_model_file_is_no_artifact(words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    file = linear_onnx(tmp_path / "m.onnx")
+    code, err = failing(capsys, words[0], str(file), *words[1:])
+    assert code == 2
+    assert err == (
+        f"{str(file)!r} is a file, not a directory: an artifact is the folder that compress makes "
+        f"of a network, as in: tersor compress {file} --data DATA --recipe auto --out FOLDER\n"
+    )
+
+
 def test_inspect_an_artifact(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = talk(capsys, "inspect", str(artifact))
     assert code == 0
@@ -136,6 +148,51 @@ def test_inspect_an_artifact(artifact: Path, capsys: pytest.CaptureFixture[str])
     assert found["verified"] is True
     assert sum(layer["parameters"] for layer in found["layers"]) == found["numbers"] > 5000
     assert all(0 <= layer["sparsity"] <= 1 for layer in found["layers"])
+
+
+def written(runtime: str, folder: Path) -> Path:
+    """Write an artifact of a tiny network, a quarter of whose first kernel is zero."""
+    from tersor.core import plugins
+    from tersor.core.artifact import write_artifact
+    from tersor.core.report import Report
+    from tersor.core.runtime import Target
+    from tersor.ops.lower import lower
+    from tests import networks
+
+    net, inputs = networks.tiny_cnn(trained=False), networks.inputs()
+    net.conv1.weight.data[:2] = 0
+    found = plugins.runtime(runtime)
+    files = found.export(lower(net, found.takes, inputs), folder, inputs)
+    manifest = {"recipe": {}, "target": Target(runtime=runtime), "inputs": {}}
+    write_artifact(folder / "out", files=files, manifest=manifest, report=Report())
+    return folder / "out"
+
+
+def test_inspect_shows_the_zeros_of_torch_eager(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    out = str(written("torch_eager", tmp_path))
+    code, raw, err = talk(capsys, "inspect", out, "--json")
+    first = next(layer for layer in json.loads(raw)["layers"] if layer["name"] == "conv1")
+    assert (code, err, first["shape"]) == (0, "", [8, 1, 3, 3])
+    assert first["weight_sparsity"] == 0.25
+    code, shown, _ = talk(capsys, "inspect", out)
+    assert (code, "25.0 %" in shown) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "file"),
+    [
+        pytest.param("torch_compile", "compiled.pt2", marks=pytest.mark.slow),
+        ("torchscript", "model.pt"),
+    ],
+)
+def test_inspect_shows_what_it_can_of_compiled_code(
+    runtime: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = written(runtime, tmp_path)
+    code, shown, err = talk(capsys, "inspect", str(out))
+    assert code == 0
+    assert f"{runtime}:cpu" in shown
+    assert err == f"layers are not shown: {file} is compiled code ({runtime})\n"
 
 
 def test_inspect_finds_an_altered_file(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip

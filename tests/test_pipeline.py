@@ -238,8 +238,30 @@ def test_resuming_a_run_that_ended_returns_its_artifact(tmp_path):
     inode = (tmp_path / "out").stat().st_ino
     assert run(tmp_path, "fuse_batch_norm", resume=True).report == made.report
     assert (tmp_path / "out").stat().st_ino == inode
+
+
+def test_resuming_into_another_finished_run_is_refused(tmp_path):
+    made = run(tmp_path, "fuse_batch_norm")
+    other = dataclasses.replace(networks.data(), test=networks.data().validation)
+    for field, change in {
+        "seed": {"seed": 1},
+        "model": {"net": networks.tiny_cnn(trained=False)},
+        "test": {"data": other},
+    }.items():
+        with pytest.raises(ArtifactError) as caught:
+            run(tmp_path, "fuse_batch_norm", resume=True, **change)
+        assert str(caught.value) == (
+            f"cannot resume: {str(tmp_path / 'out')!r} is finished, and {field} differ from those "
+            "it was made with. Choose another --out, or run without --resume to replace it"
+        )
+    with pytest.raises(ArtifactError, match="is finished, and recipe differ from"):
+        run(tmp_path, {"finetune": {"epochs": 0.1}}, resume=True)
+    assert Artifact.open(tmp_path / "out", check="hashes").report == made.report
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "fuse_batch_norm", resume=True, seed=1, should_stop=lambda: True)
+        run(tmp_path, "fuse_batch_norm", seed=1, should_stop=lambda: True)
+    replaced = run(tmp_path, "fuse_batch_norm", seed=1, resume=True)  # begun to replace it
+    assert replaced.manifest["seed"] == 1
 
 
 def test_resuming_something_else_names_the_field(tmp_path):

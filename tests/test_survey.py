@@ -14,6 +14,8 @@ from tersor.core.errors import DataError, RecipeError
 from tersor.core.model import Model
 from tersor.survey import survey
 from tests import networks
+from tests.command import ROOT, failing, talk
+from tests.runners import linear_onnx
 
 
 def test_all_run_agree_and_are_timed():
@@ -143,3 +145,16 @@ def test_a_target_is_not_ignored():
     )
     assert done.returncode == 2
     assert "--target openvino cannot be given with --all-runtimes" in done.stderr
+
+
+def test_a_model_file_needs_no_data(tmp_path, capsys):
+    file = linear_onnx(tmp_path / "m.onnx")
+    words = ("measure", str(file), "--runtime", "onnxruntime", "--threads", "1")
+    code, _, err = talk(capsys, *words, "--data", "none")
+    assert (code, "unknown data 'none'" in err) == (2, True)
+    code, out, err = talk(capsys, *words, "--batch", "3", "--json")
+    (row,) = json.loads(out)["survey"]["rows"]
+    assert (code, row["status"]) == (0, "ran")
+    assert "inputs are random: there is no --data\n" in err
+    code, err = failing(capsys, "measure", f"{ROOT / 'tests' / 'networks.py'}:TinyCnn", *words[2:])
+    assert (code, err.startswith("a network in Python is measured on data")) == (2, True)

@@ -89,14 +89,23 @@ def _artifact(place: str, verify: bool, as_json: bool) -> int:
 def _constants(artifact: "Artifact") -> "list[Constant]":
     """Read the tensors of an artifact's model; what cannot be read here is said."""
     from tersor._cli_tensors import of_file
+    from tersor.core import plugins
 
     known = (".onnx", ".xml", ".pt2", ".safetensors")
+    name = artifact.target.runtime
+    compiled = name in plugins.names("runtimes") and plugins.own_runtime(name).runs_code
     try:
         with unpacked(artifact.model_files[0]) as file:
-            return of_file(file) if file.suffix in known else []
+            # a graph of torch_eager is followed by its weights
+            weights = file.with_name("weights.safetensors")
+            given = weights if file.suffix == ".json" and weights.is_file() else file
+            if given.suffix in known and not compiled:
+                return of_file(given)
+            reason = "is compiled code" if compiled else "is not looked into"
+            tell(f"layers are not shown: {file.name} {reason} ({name})")
     except DependencyError as error:
         tell(f"layers are not shown: {error}")
-        return []
+    return []
 
 
 def _about(artifact: "Artifact", verified: bool) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tersor.candidate import Candidate
     from tersor.core.context import Data
     from tersor.core.model import Inputs, Model
-    from tersor.core.runtime import Arrays, Target
+    from tersor.core.runtime import Arrays, Signature, Target
     from tersor.subjects import Place
 
 _INPUTS = 16
@@ -62,6 +62,8 @@ def loaded(
 ) -> "tuple[Model, Data, Inputs]":
     """Read a network and its data, and call it once.
 
+    A file that says what it takes needs no data: random inputs are then the split `test`.
+
     Raises:
         DataError: there are no data, or they do not fit.
     """
@@ -72,15 +74,37 @@ def loaded(
     model = pipeline.load(subject, weights=weights, partial=partial)
     for note in model.notes:
         tell(note)
-    if data is None:
+    if data is None and (model.form == "module" or model.inputs is None):
         raise DataError(
             "a network in Python is measured on data; give --data, such as FILE.py:FUNCTION"
         )
-    batches = pipeline.load_data(data)
+    batches = _random(subject, model) if data is None else pipeline.load_data(data)
     inputs = make_inputs(model, batches)
     if model.form == "module":
         try_forward(model.net, inputs)
     return model, batches, inputs
+
+
+def _random(subject: str, model: "Model") -> "Data":
+    """Make inputs up, as a model file is measured on where there are no data."""
+    import torch
+
+    from tersor.core.context import Data
+    from tersor.core.runtime import Target
+    from tersor.subjects import Place, made_inputs
+
+    assert model.inputs is not None
+    sample = {name: tensor.numpy() for name, tensor in model.inputs.example.items()}
+    signatures = _signatures(model.inputs, sample)
+    found = Place(name=subject, target=Target(runtime=""), files=(), inputs=signatures)
+    size = len(next(array for array in sample.values() if array.ndim))
+    tell("inputs are random: there is no --data")
+    return Data(
+        test=[
+            {name: torch.from_numpy(array) for name, array in batch.items()}
+            for batch in made_inputs(found, size)
+        ]
+    )
 
 
 @contextmanager
@@ -120,11 +144,16 @@ def _place(
     samples: Iterable[Mapping[str, Any]],
 ) -> "Place":
     from tersor.candidate import arrays_of
-    from tersor.core.runtime import Signature
     from tersor.subjects import Place
 
-    sample = arrays_of(next(iter(samples)), inputs.example)
-    signatures = {
+    signatures = _signatures(inputs, arrays_of(next(iter(samples)), inputs.example))
+    return Place(name=subject, target=candidate.target, files=candidate.files, inputs=signatures)
+
+
+def _signatures(inputs: "Inputs", sample: "Arrays") -> "dict[str, Signature]":
+    from tersor.core.runtime import Signature
+
+    return {
         name: Signature(
             shape=tuple(
                 inputs.dynamic.get(name, {}).get(axis, size)
@@ -135,7 +164,6 @@ def _place(
         )
         for name, tensor in inputs.example.items()
     }
-    return Place(name=subject, target=candidate.target, files=candidate.files, inputs=signatures)
 
 
 def split_of(batches: Any, split: str) -> Iterable[Mapping[str, Any]]:

@@ -22,7 +22,7 @@ from tersor.core.resampling import Paired
 from tersor.core.runtime import Arrays, Runner, Target
 from tersor.core.statistics import Comparison, judge
 from tersor.core.timing import MIN_BLOCKS, interleave
-from tersor.feeds import arrays_of, check_finite, evaluate, timing_inputs
+from tersor.feeds import arrays_of, check_finite, evaluate, tell_not_finite, timing_inputs
 from tersor.subjects import Place, fitting, made_inputs, place
 
 __all__ = [
@@ -195,6 +195,8 @@ def measure(
     runner = found.load() if needs & {"runner", "outputs"} else None
     try:
         outputs = labels = original = None
+        if runner is not None and inputs is not None:
+            tell_not_finite(found.name, runner.bind(inputs[0])(), random=batches is None)
         if "outputs" in needs and batches is not None:
             assert runner is not None
             outputs, labels = evaluate(runner, _renamed(found, batches))

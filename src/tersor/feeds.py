@@ -1,5 +1,6 @@
 """Batches in, arrays out: run a split, and make batches of one size for timing."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -56,6 +57,20 @@ def check_finite(outputs: np.ndarray, split: str) -> None:
     if bad:
         raise TargetError(
             f"{bad} of {outputs.size} outputs over {split} are not finite (NaN or infinite)"
+        )
+
+
+def tell_not_finite(name: str, outputs: Arrays, *, random: bool) -> None:
+    """Warn of outputs of a timed batch that are NaN or infinite."""
+    floats = [np.asarray(a) for a in outputs.values() if np.asarray(a).dtype.kind == "f"]
+    bad = sum(int(np.count_nonzero(~np.isfinite(array))) for array in floats)
+    if bad:
+        logging.getLogger("tersor").warning(
+            "warning: %d of %d outputs of %s are not finite (NaN or infinite) on the first batch%s",
+            bad,
+            sum(array.size for array in floats),
+            name,
+            ", which is random; give data to see whether they are on real inputs" * random,
         )
 
 

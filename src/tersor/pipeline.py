@@ -198,13 +198,13 @@ def compress(
     work = out.with_name(out.name + ".work")
     with artifact.lock(out):
         with under_way(display, "preparing: hashing the network and the data"):
-            training = workspace.training_threads(work) if resume else None
+            training = workspace.training_threads(work, out) if resume else None
             if training is None and model.form == "module" and data.train is not None:
                 training = trainer.choose_threads(model.net, data.train)
             mark = workspace.fingerprint(model.net, data, resolved, seed, batch, training or 1)
             if guide is not None:
                 mark["teacher"] = workspace.hash_of(guide.net)
-        if resume and (whole := workspace.written(out, mark)) is not None:
+        if resume and (whole := workspace.written(out, work, mark)) is not None:
             artifact.clear_left(out)
             if work.exists():
                 workspace.remove(work)

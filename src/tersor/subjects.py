@@ -1,6 +1,7 @@
 """What can be measured: an artifact, its directory, or a bare model file; and inputs for it."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tersor.core.runtime import Arrays, Runner, Signature, Target
 from tersor.core.schema import to_plain
 from tersor.core.sniffing import foreign, sniff
 
+_log = logging.getLogger("tersor")
 TRIAL_S = 120.0
 """Longest time that reading, loading or running a file that is no artifact may take at first."""
 
@@ -177,18 +179,50 @@ def _bare(path: Path, target: Target | None, threads: int | None) -> Place:
     if path.suffix == ".onnx":
         beside = [f for f in (path.with_name(path.name + ".data"),) if f.is_file()]
     plugins.check_device(target)
+    _check_ending(path, target.runtime)
     place = Place(name=str(path), target=target, files=(path, *beside), inputs={})
     runtime = plugins.runtime(target.runtime)
     plugins.require("runtimes", target.runtime, runtime.to_run)
-    if runtime.inputs is None:
-        raise ModelError(
-            f"{target.runtime} runs artifacts only, not {path.name!r}: the file does not say what "
-            "it takes, or is code; compress to this target, and give the artifact"
-        )
+    assert runtime.inputs is not None
     if plugins.own_runtime(target.runtime).native:
-        return _tried(place)
+        place = _tried(place)
+        _tell_faults(path)
+        return place
     read = runtime.inputs
     return replace(place, inputs=what_it_takes(path, lambda: read(path)))
+
+
+def _tell_faults(path: Path) -> None:
+    """Warn of what compress refuses in a file that runs all the same, such as a scale of 0."""
+    if path.suffix != ".onnx" or not plugins.installed("onnx"):
+        return
+    check = plugins.source("onnx").check
+    assert check is not None
+    try:
+        check(path)
+    except ModelError as error:
+        _log.warning("warning: %s", error)
+
+
+def _check_ending(path: Path, name: str) -> None:
+    """Refuse a file of other runtimes than the one that is asked for.
+
+    Raises:
+        ModelError: saying which run it.
+    """
+    asked = plugins.own_runtime(name)
+    able = [n for n in plugins.names("runtimes") if path.suffix in plugins.own_runtime(n).suffixes]
+    instead = f", or measure this file on {' or '.join(able)}" if able else ""
+    if asked.inputs is None:
+        raise ModelError(
+            f"{name} runs artifacts only, not {path.name!r}: the file does not say what it takes, "
+            f"or is code; compress to this target, and give the artifact{instead}"
+        )
+    if able and name not in able:
+        raise ModelError(
+            f"{name} runs {', '.join(asked.suffixes)} files, not {path.name!r}; compress to "
+            f"this target, and give the artifact{instead}"
+        )
 
 
 def what_it_takes(

@@ -27,6 +27,7 @@ from tersor.core import files
 from tersor.core.artifact import Artifact
 from tersor.core.context import Batch, Data
 from tersor.core.errors import ArtifactError
+from tersor.core.manifest import read
 from tersor.core.recipe import Recipe
 from tersor.core.schema import to_plain
 
@@ -66,13 +67,16 @@ def fingerprint(
     return made
 
 
-def training_threads(work: Path) -> int | None:
-    """Return the number of training threads that the run in a work folder was started with."""
+def training_threads(work: Path, out: Path) -> int | None:
+    """Return the number of training threads of the run under way, or else of the finished one."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     try:
-        found = json.loads((work / MARK).read_text(encoding="utf-8"))
+        if work.exists():
+            found = json.loads((work / MARK).read_text(encoding="utf-8"))
+        else:
+            found = read(out)["fingerprint"]
         return int(asked) if asked.isdigit() else int(found["training threads"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -114,7 +118,7 @@ def open_folder(work: Path, wanted: Mapping[str, str], resume: bool) -> None:
             found = json.loads(mark.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ArtifactError(f"{mark} is damaged; run again without --resume") from error
-        differing = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+        differing = _differing(found, wanted)
         if differing:
             raise ArtifactError(
                 f"cannot resume: {', '.join(differing)} differ from those the run in {work} was "
@@ -204,13 +208,29 @@ def remove(work: Path) -> None:
     files.remove_tree(work)
 
 
-def written(out: Path, wanted: Mapping[str, str]) -> Artifact | None:
-    """Return the artifact at `out` if it is the whole result of this very run."""
+def _differing(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    return [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+
+
+def written(out: Path, work: Path, wanted: Mapping[str, str]) -> Artifact | None:
+    """Return the artifact at `out` if it is the whole result of this very run.
+
+    Raises:
+        ArtifactError: it is that of another run, and none is under way; names the differing fields.
+    """
     try:
         found = Artifact.open(out, check="hashes")
     except ArtifactError:
         return None
-    return found if found.manifest.get("fingerprint") == dict(wanted) else None
+    differing = _differing(found.manifest.get("fingerprint") or {}, wanted)
+    if not differing:
+        return found
+    if work.exists():  # a run to replace it was begun without --resume
+        return None
+    raise ArtifactError(
+        f"cannot resume: {str(out)!r} is finished, and {', '.join(differing)} differ from those it "
+        "was made with. Choose another --out, or run without --resume to replace it"
+    )
 
 
 def hash_of(net: Any) -> str:

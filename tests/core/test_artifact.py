@@ -139,7 +139,10 @@ def test_what_is_not_an_artifact_is_not_opened(tmp_path):
     ):
         Artifact.open(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ArtifactError, match=r"is a file, not a directory"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"is a file, not a directory: an artifact is the folder that compress makes",
+    ):
         Artifact.open(tmp_path / "file")
 
 

@@ -70,7 +70,12 @@ def check_and_resume(out: Path, old: dict[str, bytes] | None, whole: dict[str, b
     else:
         assert old is None
         state = "none"
-    assert jobs.wait(jobs.fork(lambda: jobs.run(out, resume=True) and None)) == 0
+    begun = state != "old" or out.with_name(out.name + ".work").exists()
+    resumed = jobs.wait(jobs.fork(lambda: jobs.run(out, resume=True) and None))
+    assert (resumed == 0) == begun  # else it is the finished artifact of another run
+    if not begun:
+        assert model_bytes(out) == old
+        assert jobs.wait(jobs.fork(lambda: jobs.run(out, resume=False) and None)) == 0
     assert model_bytes(out) == whole
     left = {entry.name for entry in out.parent.iterdir()} - {out.name, "count"}
     assert not left, f"left behind: {left}"

@@ -1,3 +1,4 @@
+import contextlib
 import re
 
 import numpy as np
@@ -27,11 +28,62 @@ class ByLength(nn.Module):
         return self.fc(torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)).mean(1)
 
 
+class Unchanged(nn.Module):
+    """Returns its second input as it came, twice, beside what a branch made of both."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return y, torch.cond(x.sum() > 0, lambda: x + y, lambda: x - y), y
+
+
 def run(model, name: str, array: np.ndarray, folder) -> np.ndarray:
     runtime = plugins.runtime("onnxruntime")
     files = runtime.export(model, folder, Inputs(example={}))
     runner = runtime.load(files[0], Target(runtime="onnxruntime", options={"threads": 1}))
     return next(iter(runner.bind({name: array})().values()))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_input_that_is_returned_unchanged_keeps_its_name(runtime, sign, tmp_path):
+    pytest.importorskip(runtime)
+    x, y = sign * torch.rand(2, 3), torch.rand(2, 3)
+    net = lower(Unchanged().eval(), "onnx", Inputs(example={"x": x, "y": y}))
+    assert [port.name for port in net.graph.input] == ["x", "y"]
+    files = plugins.runtime(runtime).export(net, tmp_path, Inputs(example={}))
+    target = Target(runtime=runtime, options={"threads": 1})
+    with contextlib.closing(plugins.runtime(runtime).load(files[0], target)) as runner:
+        made = runner.bind({"x": x.numpy(), "y": y.numpy()})()
+    assert [port.name for port in net.graph.output] == list(made)
+    for found, wanted in zip(made.values(), (y, x + sign * y, y), strict=True):
+        np.testing.assert_array_equal(found, wanted.numpy())
+
+
+class Decides(nn.Module):
+    """Turns its input round where the sum is negative."""
+
+    def __init__(self, read: bool) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.read:
+            return x * int(x.sum().item())
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(("read", "line"), [(True, "int(x.sum().item())"), (False, "> 0")])
+def test_decisions_by_content_are_refused_with_their_line(read, line, capfd):
+    with pytest.raises(ModelError) as caught:
+        lower(Decides(read).eval(), "onnx", Inputs(example={"x": torch.randn(2, 4)}))
+    message = str(caught.value)
+    assert message.startswith("forward of Decides decides by the content of a tensor at ")
+    assert "test_lower.py:" in message
+    assert line in message
+    assert "torch.where" in message
+    assert "torch.cond" in message
+    assert "torch_eager" in message
+    assert capfd.readouterr().err == ""
+    assert "print" not in vars(torch.export._trace)
 
 
 def test_len_of_a_batch_does_not_freeze_it(tmp_path):

@@ -13,6 +13,7 @@ pytest.importorskip("openvino")
 from tersor.core.errors import TargetError
 from tersor.core.model import Inputs
 from tersor.core.runtime import Target
+from tersor.deployments import _container_run as container
 from tersor.runtimes import openvino as runtime
 from tests.runners import linear_onnx
 
@@ -46,6 +47,44 @@ def test_samples_are_shared_among_streams(options: Any, requests: int, tmp_path:
     np.testing.assert_allclose(runner.bind({"x": X})()["y"], wanted(), rtol=1e-5)
     np.testing.assert_allclose(runner.bind({"x": X[:1]})()["y"], wanted()[:1], rtol=1e-5)
     runner.close()
+
+
+def flattening(file: Path) -> Path:
+    """Write y = relu(x) whose first operator is a flatten that changes nothing, as ONNX."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    ports = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 6]) for n in "xy")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["x", "shape"], ["flatten"]),
+            helper.make_node("Relu", ["flatten"], ["y"]),
+        ],
+        "flattening",
+        *([port] for port in ports),
+        [numpy_helper.from_array(np.array([-1, 6]), "shape")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    file.write_bytes(model.SerializeToString())
+    return file
+
+
+@pytest.mark.parametrize("options", [{}, {"shapes": "fixed"}])
+def test_a_merged_tensor_keeps_the_name_it_was_exported_with(options: Any, tmp_path: Path) -> None:
+    import onnx
+
+    net = onnx.load(flattening(tmp_path / "source.onnx"))
+    file = runtime.export(net, tmp_path, Inputs(example={}))[0]
+    merged = runtime._compiled(file, target()).inputs[0]
+    assert merged.get_names() == {"x", "flatten"}  # else this tests nothing
+    runner = runtime.load(file, target(**options))
+    np.testing.assert_array_equal(runner.bind({"x": X})()["y"], np.maximum(X, 0))
+    assert list(runtime.inputs(file)) == ["x"]
+    program = [sys.executable, container.__file__, "--model", str(file), "--threads", "1"]
+    np.savez(tmp_path / "x.npz", x=X)
+    done = subprocess.run(
+        [*program, "--input", str(tmp_path / "x.npz")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "y 7x6 float32\n"), done.stderr
 
 
 def test_throughput_leaves_the_number_of_streams_to_openvino(tmp_path: Path) -> None:

@@ -71,8 +71,13 @@ def read(folder: Path) -> dict[str, Any]:
         ArtifactError: there is none, or it does not make sense.
     """
     if not folder.is_dir():
-        what = "is a file, not a directory" if folder.exists() else "does not exist"
-        raise ArtifactError(f"artifact {str(folder)!r} {what}")
+        if not folder.exists():
+            raise ArtifactError(f"artifact {str(folder)!r} does not exist")
+        raise ArtifactError(
+            f"{str(folder)!r} is a file, not a directory: an artifact is the folder that compress "
+            f"makes of a network, as in: tersor compress {folder} --data DATA --recipe auto --out "
+            "FOLDER"
+        )
     file = folder / MANIFEST
     try:
         if file.stat().st_size > _LARGEST:

@@ -47,6 +47,8 @@ class Source:
     """load(place, *, weights: Path | None, partial: bool) -> Model."""
     suffixes: tuple[str, ...] = ()
     """File endings this source reads without its name in front."""
+    check: Callable[[Path], None] | None = None
+    """Raise `ModelError` for a file that `load` would refuse, without torch; None: it cannot."""
     convert: Callable[[Path, Path], None] | None = None
     """convert(place, file): write what is at a place as an ONNX file. Called in a child process of
     an interpreter that has the packages (`plugins.converted`); None: `load` needs no such thing."""

@@ -111,13 +111,20 @@ def openvino(file: Path, threads: int) -> tuple[list[str], Any]:
     # compressed weights: no quantization of activations on the fly
     settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     compiled = openvino.Core().compile_model(str(file), "CPU", settings)
-    outputs = [port.get_any_name() for port in compiled.outputs]
+    outputs = [name_of(port) for port in compiled.outputs]
 
     def compute(arrays: Mapping[str, Any]) -> dict[str, Any]:
         made = compiled.create_infer_request().infer(dict(arrays))
         return {name: np.array(made[i]) for i, name in enumerate(outputs)}
 
-    return [port.get_any_name() for port in compiled.inputs], compute
+    return [name_of(port) for port in compiled.inputs], compute
+
+
+def name_of(port: Any) -> str:
+    """Return the name that an OpenVINO port was exported with, of all that merged into it."""
+    names = port.get_names()
+    own: str = port.get_node().get_friendly_name().partition("/sink_port_")[0]
+    return own if own in names or not names else min(names)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def capture(net: nn.Module, inputs: Inputs) -> fx.GraphModule:
         raise
     except Exception as error:
         raise ModelError(
-            f"forward of {type(net).__name__} cannot be captured{_place(error)}: "
+            f"forward of {type(net).__name__} cannot be captured{place_of(error)}: "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
     captured = fx.GraphModule(tracer.root, graph, type(net).__name__)
@@ -223,7 +224,7 @@ class _Attribute(_Proxy):
 
 def _concrete(proxy: _Proxy, what: str) -> Any:
     value = proxy.value
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or _holds_content(proxy.node):
         frames = [
             f
             for f in traceback.extract_stack()
@@ -235,6 +236,25 @@ def _concrete(proxy: _Proxy, what: str) -> Any:
             "Move that decision out of forward, or compute it with tensor operators (torch.where)"
         )
     return value
+
+
+def _holds_content(node: fx.Node) -> bool:
+    """Tell whether a number was read out of a tensor that comes from the inputs."""
+    if node.op == "call_method" and node.target in _READS:
+        return _comes_from_inputs(node)
+    return "shape" not in node.meta and any(map(_holds_content, node.all_input_nodes))
+
+
+def _comes_from_inputs(node: fx.Node) -> bool:
+    seen, todo = {node}, [node]
+    while todo:
+        above = set(todo.pop().all_input_nodes) - seen
+        seen |= above
+        todo += above
+    return any(each.op == "placeholder" for each in seen)
+
+
+_READS = ("item", "tolist", "numpy")
 
 
 class _Tracer(fx.Tracer):
@@ -329,11 +349,11 @@ def _values(tree: Any) -> Any:
     return tree
 
 
-def _place(error: BaseException) -> str:
-    """Name the last line outside torch and tersor that an error came through."""
+def place_of(error: BaseException) -> str:
+    """Name the last line outside torch and tersor that an error came through: " at FILE:LINE"."""
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(torch.__path__[0]) and f.filename != __file__
+        if not f.filename.startswith((torch.__path__[0], str(Path(__file__).parent)))
     ]
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""

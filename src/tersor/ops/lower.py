@@ -6,24 +6,34 @@ same bytes.
 
 import contextlib
 import io
+import itertools
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tersor.core.errors import ModelError, named_lines
 from tersor.core.model import Inputs, may_lower
 from tersor.core.runtime import Form
-from tersor.ops.capture import capture
+from tersor.ops.capture import capture, place_of
 from tersor.ops.direct import make_direct
 
 OPSET = 21
 """The first with 4-bit and block-wise DequantizeLinear."""
+_CHATTY = (
+    "torch.onnx",
+    "torch.export",
+    "torch.fx.experimental.symbolic_shapes",
+    "onnxscript",
+    "onnx_ir",
+)
 _LONGEST = 65536
 """Of a free dimension, where the network does not say less."""
 
@@ -141,6 +151,13 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
             if not bounds:
                 raise
             program = _traced(net, inputs, bounds)
+    except GuardOnDataDependentSymNode as error:
+        raise ModelError(
+            f"forward of {type(net).__name__} decides by the content of a tensor"
+            f"{place_of(error)}, which an exported graph cannot: compute it with torch.where, or "
+            "with torch.cond where only one side may run; or choose a target that runs modules as "
+            "they are, such as torch_eager"
+        ) from error
     except Exception as error:
         raise ModelError(
             f"{type(net).__name__} cannot be exported by torch.export: {named_lines(error, 2)}"
@@ -206,7 +223,42 @@ def _to_onnx(program: ExportedProgram, *, own: bool) -> Any:
             f"the network cannot be written as ONNX: {named_lines(error, 2)}"
         ) from error
     _strip(model)
+    _keep_names(model.graph, program.graph_signature.user_inputs)
     return finish(model)
+
+
+def _keep_names(graph: Any, wanted: Iterable[Any]) -> None:
+    """Give inputs that the network returns unchanged their own names again.
+
+    The exporter hands the name of such an input to the output and calls the input NAME_orig.
+    """
+    names = {name for name in wanted if isinstance(name, str)}
+    ports = {port.name for port in graph.input}
+    lost = [n for n in sorted(names - ports) if f"{n}_orig" in ports]
+    if not lost:
+        return
+    known = {name for node in graph.node for name in (*node.input, *node.output)}
+    renamed: dict[str, str] = {}
+    for name in lost:
+        output = next(
+            made
+            for made in (f"{name}_output{i or ''}" for i in itertools.count())
+            if made not in known
+        )
+        renamed |= {f"{name}_orig": name, name: output}
+    _rename(graph, renamed)
+
+
+def _rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Rename tensors in a graph and in those inside its nodes, which see them too."""
+    for port in (*graph.input, *graph.output):
+        port.name = names.get(port.name, port.name)
+    for node in graph.node:
+        for side in (node.input, node.output):
+            side[:] = [names.get(name, name) for name in side]
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _rename(inner, names)
 
 
 def _strip(model: Any) -> None:
@@ -228,10 +280,11 @@ def _strip(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter, which prints its progress."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-    ]
+    """Silence the exporter, which prints its progress, and of a failure all that it has traced."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    # not redirected: the progress of the command line goes to stderr as well
+    names = vars(import_module("torch.export._trace"))
+    names["print"] = lambda *_, **__: None
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -240,6 +293,7 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            names.pop("print", None)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 

@@ -127,7 +127,7 @@ def inputs(path: Path) -> Mapping[str, Signature]:
     except Exception as error:
         raise ModelError(f"OpenVINO cannot read {path.name}: {last_line(error)}") from error
     return {
-        port.get_any_name(): Signature(
+        name_of(port): Signature(
             shape=tuple(
                 n.get_length() if n.is_static else f"axis {i}"
                 for i, n in enumerate(port.get_partial_shape())
@@ -136,6 +136,17 @@ def inputs(path: Path) -> Mapping[str, Signature]:
         )
         for port in model.inputs
     }
+
+
+def name_of(port: Any) -> str:
+    """Return the name of an input or output that the network was exported with.
+
+    A tensor that OpenVINO merged with others, as a flatten that changes nothing merges its output
+    with its input, has all their names; the node of the port keeps its own.
+    """
+    names = port.get_names()
+    own: str = port.get_node().get_friendly_name().partition("/sink_port_")[0]
+    return own if own in names or not names else min(names)
 
 
 def profile(path: Path, target: Target, batches: Sequence[Arrays]) -> Sequence[OperatorTime]:
@@ -222,8 +233,8 @@ class _Runner:
         self.target, self.counting = target, counting
         self.kept = lru_cache(_KEPT)(self._compile)
         first: Any = self.network if self.fixed else self.kept(())
-        self.names = [port.get_any_name() for port in first.inputs]
-        self.outputs = [port.get_any_name() for port in first.outputs]
+        self.names = [name_of(port) for port in first.inputs]
+        self.outputs = [name_of(port) for port in first.outputs]
         ports = [*first.inputs, *first.outputs]
         free = not self.fixed and all(_has_free_batch(port.partial_shape) for port in ports)
         self.most = int(first.get_property("NUM_STREAMS")) if free else 1
@@ -294,7 +305,7 @@ RUNTIME = Runtime(
     profile=profile,
     fused=fused,
     inputs=inputs,
-    suffixes=(".xml",),
+    suffixes=(".xml", ".onnx", ".tflite"),
     options=("threads", "precision", "hint", "streams", "shapes", "sparse_rate"),
     check=lambda target: settings(target, ("amx",)),
     weights=("fp8_e4m3", "fp8_e5m2"),

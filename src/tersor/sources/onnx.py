@@ -2,11 +2,10 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import torch
 
 from tersor.core.errors import ModelError
 from tersor.core.model import Inputs, Model, Source
@@ -14,6 +13,9 @@ from tersor.core.sniffing import foreign
 from tersor.sources._onnx_data import check_tensors, check_values, embed_external
 from tersor.sources._onnx_memory import check_memory
 from tersor.sources._onnx_structure import check_loops, check_structure, check_text, check_versions
+
+if TYPE_CHECKING:
+    import torch
 
 _LARGEST = (2 << 30) - 1
 _FREE_SIZE = 16
@@ -46,6 +48,19 @@ def load(place: str, *, weights: Path | None = None, partial: bool = False) -> M
     except ModelError as error:
         raise ModelError(f"ONNX model {place!r}: {error}") from error
     return Model(net=model, form="onnx", origin=f"onnx:{place}", inputs=inputs, notes=notes)
+
+
+def check(file: Path) -> None:
+    """Refuse what `load` refuses in a file, without torch.
+
+    Raises:
+        ModelError: damaged, unsafe, too new, too large to run, or with NaN or infinite weights.
+    """
+    try:
+        model, _ = _read(file)
+        _check_rest(model)
+    except ModelError as error:
+        raise ModelError(f"ONNX model {str(file)!r}: {error}") from error
 
 
 def _read(file: Path) -> tuple[Any, tuple[str, ...]]:
@@ -116,7 +131,9 @@ def _inputs(model: Any) -> Inputs:
     return Inputs(example=example, dynamic=dynamic)
 
 
-def _example(kind: int, shape: list[int], rng: np.random.Generator, name: str) -> torch.Tensor:
+def _example(kind: int, shape: list[int], rng: np.random.Generator, name: str) -> "torch.Tensor":
+    import torch
+
     try:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
     except (KeyError, ValueError):
@@ -129,4 +146,4 @@ def _example(kind: int, shape: list[int], rng: np.random.Generator, name: str) -
         raise ModelError(f"input {name!r} has type {dtype}, which torch does not have") from None
 
 
-SOURCE = Source(load=load, suffixes=(".onnx",))
+SOURCE = Source(load=load, suffixes=(".onnx",), check=check)
