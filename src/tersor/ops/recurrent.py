@@ -30,6 +30,7 @@ class RoundedRecurrent(nn.Module):
     input_size: int
     hidden_size: int
     num_layers: int
+    bias: bool
     batch_first: bool
     bidirectional: bool
 
