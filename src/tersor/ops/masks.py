@@ -8,7 +8,7 @@ gradient is always zero stays where it is with SGD, its momentum, AdamW and weig
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ def prunable(net: nn.Module, layers: Layers) -> tuple[dict[str, nn.Module], dict
             f"no layer of {type(net).__name__} can be pruned ({told or 'it has none'})"
         )
     check_patterns(layers, list(known))
-    left |= _others(net)
+    left |= _others(net, {id(layer.weight) for layer in known.values()})
     owners: dict[int, str] = {}
     chosen: dict[str, nn.Module] = {}
     for name, layer in free.items():
@@ -99,13 +99,16 @@ def _why_not(layer: nn.Module) -> str | None:
     return None
 
 
-def _others(net: nn.Module) -> dict[str, str]:
-    """Say of layers of other kinds that have matrices, such as an LSTM, that they stay."""
+def _others(net: nn.Module, known: Collection[int]) -> dict[str, str]:
+    """Say that layers of other kinds with matrices of their own, such as an LSTM, stay.
+
+    Those of `known` are told by the layer that shares them.
+    """
     return {
         name: f"{type(layer).__name__}: only linear layers and convolutions are pruned"
         for name, layer in net.named_modules()
         if not isinstance(layer, (nn.Linear, _ConvNd, *QUANTIZED, nn.MultiheadAttention))
-        and any(parameter.dim() > 1 for parameter in layer.parameters(recurse=False))
+        and any(p.dim() > 1 and id(p) not in known for p in layer.parameters(recurse=False))
     }
 
 
