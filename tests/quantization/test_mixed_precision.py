@@ -13,6 +13,7 @@ from torch import nn
 from tersor.core.context import Data
 from tersor.core.errors import DataError, RecipeError, UnfitError
 from tersor.core.layers import Layers
+from tersor.core.recipe import Recipe
 from tersor.ops.capture import capture
 from tersor.ops.fake_quantize import settle
 from tersor.ops.fold import fold_batch_norms
@@ -47,18 +48,18 @@ def test_the_choice_is_the_best_of_all() -> None:
 def test_budget_holds_and_the_report_repeats_it(tiny_context: Any) -> None:
     net = networks.tiny_cnn()
     context = tiny_context(net)
-    made = mixed_precision(copy.deepcopy(net), MixedPrecision(size=0.16), context)
+    config = MixedPrecision(size=0.16, calibrator="mse", layers=Layers(patterns=("!fc",)))
+    made = mixed_precision(copy.deepcopy(net), config, context)
     facts = context.facts
     assert facts["size"] <= 0.16
     table = facts["sensitivities"]
-    assert len(table) == facts["layers"] == 9
+    assert len(table) == facts["layers"] == 8
     assert all(own["4"] > own["8"] for own in table.values())
     bits = {m.bits for m in made.modules() if hasattr(m, "bits")}
     assert len(bits) > 1
-    entry = facts["recipe"]["mixed_precision"]
-    again = mixed_precision(
-        copy.deepcopy(net), MixedPrecision(assign=tuple(entry["assign"])), tiny_context(net)
-    )
+    target = {"runtime": "onnxruntime"}
+    pasted = Recipe.parse({"steps": [facts["recipe"]], "target": target}).stages[0][0]
+    again = mixed_precision(copy.deepcopy(net), pasted, tiny_context(net))
     x = networks.digits()[0][:64]
     with torch.no_grad():
         assert torch.equal(made(x), again(x))

@@ -172,12 +172,13 @@ def mixed_precision(net: nn.Module, config: MixedPrecision, context: Context) ->
             bits = _budgeted(captured, losses, counts, config, few)
     integers = [name for name in chosen if bits[name] != FLOAT]
     left.update({name: "float has the least loss here" for name in chosen if bits[name] == FLOAT})
+    assign = [f"{name}={bits[name]}" for name in chosen]
     context.record(
         layers=len(integers),
         embeddings=len(tables),
         left_in_float={**left, **kept},
         sensitivities={n: {str(b): loss for b, loss in own.items()} for n, own in losses.items()},
-        recipe={"mixed_precision": {"assign": [f"{name}={bits[name]}" for name in chosen]}},
+        recipe={"mixed_precision": {"assign": assign, **_changed(config)}},
         size=sum(counts[n] * bits[n] for n in chosen) / (FLOAT * sum(counts.values())),
     )
     if integers:
@@ -336,6 +337,17 @@ def _assigned(chosen: Sequence[str], entries: Sequence[str]) -> dict[str, int]:
             raise RecipeError(f'mixed_precision: assign says nothing for layer {name!r}; add "*=8"')
         made[name] = fits[0]
     return made
+
+
+def _changed(config: MixedPrecision) -> dict[str, object]:
+    """Return the settings beside `assign` that decide what is made, where they are not default."""
+    usual = MixedPrecision()
+    made: dict[str, object] = {
+        name: getattr(config, name)
+        for name in ("calibrator", "percentile", "symmetric")
+        if getattr(config, name) != getattr(usual, name)
+    }
+    return made if config.layers == usual.layers else {**made, "layers": [*config.layers.patterns]}
 
 
 def _parse(entry: str) -> tuple[str, int]:
