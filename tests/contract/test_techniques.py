@@ -212,7 +212,9 @@ def test_what_it_needs_is_asked_for_before_any_work(name: str, tmp_path: Path) -
     found = plugins.technique(name)
     splits = [need for need in found.needs if need in ("calibration", "train", "validation")]
     model = Model(net=networks.tiny_cnn(trained=False), form="module", origin="test")
-    recipe = Recipe(stages=((found.config(),),), target=Target(runtime="onnxruntime"))
+    config = found.config()
+    here = "torch_eager" if hasattr(config, "check_target") else "onnxruntime"
+    recipe = Recipe(stages=((config,),), target=Target(runtime=here))
     whole = networks.data()
     for missing in splits:
         data = dataclasses.replace(whole, **{missing: None})
