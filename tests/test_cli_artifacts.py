@@ -133,7 +133,8 @@ def test_a_model_file_is_no_artifact(words: tuple[str, ...], tmp_path: Path, cap
     assert code == 2
     assert err == (
         f"{str(file)!r} is a file, not a directory: an artifact is the folder that compress makes "
-        f"of a network, as in: tersor compress {file} --data DATA --recipe auto --out FOLDER\n"
+        f"of a network, as in: tersor compress FILE.py:FACTORY --data DATA --recipe auto --out "
+        "FOLDER\n"
     )
 
 

@@ -75,8 +75,8 @@ def read(folder: Path) -> dict[str, Any]:
             raise ArtifactError(f"artifact {str(folder)!r} does not exist")
         raise ArtifactError(
             f"{str(folder)!r} is a file, not a directory: an artifact is the folder that compress "
-            f"makes of a network, as in: tersor compress {folder} --data DATA --recipe auto --out "
-            "FOLDER"
+            "makes of a network, as in: tersor compress FILE.py:FACTORY --data DATA --recipe auto "
+            "--out FOLDER"
         )
     file = folder / MANIFEST
     try:
