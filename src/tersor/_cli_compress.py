@@ -313,7 +313,7 @@ def _show_plan(plan: "Plan", as_json: bool) -> int:
 
 def summary(report: "Report", place: Path) -> str:
     """Write what a run came to, for a terminal."""
-    from tersor.core.report_view import change, figure, headline, limited, pairs
+    from tersor.core.report_view import change, figure, headline, left_in_float, limited, pairs
     from tersor.core.report_view import predicted as predicted_of
     from tersor.core.report_words import human, human_seconds, metric_word
     from tersor.core.schema import to_plain
@@ -327,6 +327,7 @@ def summary(report: "Report", place: Path) -> str:
         word = colored(stage.verdict)
         parts.append(f"{number}. {stage.name}: {word} ({human_seconds(stage.seconds)})")
         parts.append(paragraph(stage.reason))
+        parts += [paragraph(f"left in float: {text}") for text in left_in_float(stage)]
         if stage.attempts:
             told = json.dumps(to_plain(stage.settings))
             parts.append(paragraph(f"the last of {len(stage.attempts) + 1} tries: {told}"))

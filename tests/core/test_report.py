@@ -24,6 +24,7 @@ from tersor.core.report_view import (
     find,
     flat,
     headline,
+    left_in_float,
     pairs,
     quality_metric,
     stage_figures,
@@ -446,3 +447,22 @@ def test_a_recipe_of_auto_is_repeated_from_its_artifact() -> None:
     assert said in to_markdown(auto)
     assert said in to_html(auto)
     assert said not in to_markdown(report())
+
+
+def test_what_stays_in_float_is_told_with_its_reason() -> None:
+    kinds = {"a": "<LSTM>", "b": "norm", "c": "norm", "d": "norm", "e": "norm", "f": "norm"}
+    asked = {"g": "excluded by layers", "h": "quantized before"}
+    stage = StageReport(
+        name="static",
+        verdict="applied",
+        reason="",
+        facts={"static": {"left_in_float": {**kinds, **asked}}, "bias_correction": {"layers": 2}},
+    )
+    told = left_in_float(stage)
+    assert told == ["a: <LSTM>", "b, c, d and 2 more: norm"]
+    made = replace(report(), stages=(stage,))
+    assert "Left in float:\n\n- `static`: a: &lt;LSTM>" in to_markdown(made)
+    assert "保留为浮点" in to_markdown(made, "zh")
+    assert "a: &lt;LSTM&gt;</p>" in to_html(made)
+    assert left_in_float(replace(stage, verdict="dropped")) == []
+    assert left_in_float(replace(stage, facts={"odd": {"left_in_float": "x"}, "none": 3})) == []

@@ -243,8 +243,8 @@ def test_runtimes_that_turn_whole_networks_refuse_layers(tiny_context: Any) -> N
     context = tiny_context(net, target=Target(runtime="openvino"))
     with pytest.raises(
         TargetError,
-        match=r"openvino:cpu turns a network to bf16 as a whole, so `layers` cannot be kept; leave "
-        r"it out, use one of the runtimes torch_eager, torch_export, or mixed_precision \(int8\)",
+        match=r"openvino:cpu turns a network to bf16 as a whole, so `layers` has no meaning "
+        r"there. Leave `layers` out, or take one of the runtimes torch_eager, torch_export, or the ",
     ):
         half(net, Half(layers=Layers(patterns=("!fc",))), context)
 

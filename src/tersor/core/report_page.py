@@ -20,6 +20,7 @@ from tersor.core.report_view import (
     find,
     flat,
     headline,
+    left_in_float,
     limited,
     originals,
     pairs,
@@ -175,6 +176,8 @@ def _stages(report: Report) -> list[str]:
         if stage.predicted is not None:
             told = (say("predicted", lang, gain=predicted(stage)) for lang in LANGUAGES)
             lines.append(f'<p class="reason">{both(*told)}</p>')
+        for text in left_in_float(stage):
+            lines.append(f'<p class="reason">{speak("in_float")}: {escape(text)}</p>')
         for each in sensitivities(stage):
             lines += _sensitivity(each)
         lines += [*_details(stage, figures[number - 1]), "</li>"]

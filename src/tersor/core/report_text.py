@@ -12,6 +12,7 @@ from tersor.core.report_view import (
     figure,
     flat,
     headline,
+    left_in_float,
     limited,
     pairs,
     predicted,
@@ -98,7 +99,8 @@ def _stages(report: Report, lang: Language) -> str:
             reason += f"; {say('predicted', lang, gain=predicted(stage))}"
         rows.append((str(number), _code(stage.name), verdict, "; ".join(measured), took, reason))
     table = _table(head, rows)
-    return "\n\n".join([table, *_attempts(stages, lang), *_fragments(stages, lang)])
+    below = (*_attempts(stages, lang), *_floats(stages, lang), *_fragments(stages, lang))
+    return "\n\n".join([table, *below])
 
 
 def _attempts(stages: Sequence[StageReport], lang: Language) -> list[str]:
@@ -112,6 +114,15 @@ def _attempts(stages: Sequence[StageReport], lang: Language) -> list[str]:
         )
     ]
     return [f"{say('tries', lang)}:", "\n".join(lines)] if lines else []
+
+
+def _floats(stages: Sequence[StageReport], lang: Language) -> list[str]:
+    lines = [
+        f"- {_code(stage.name)}: {_inline(text)}"
+        for stage in stages
+        for text in left_in_float(stage)
+    ]
+    return [f"{say('in_float', lang)}:", "\n".join(lines)] if lines else []
 
 
 def _fragments(stages: Sequence[StageReport], lang: Language) -> list[str]:

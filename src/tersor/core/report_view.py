@@ -29,6 +29,8 @@ COSTS = (
     "energy",
     "cpu_seconds",
 )
+_TOLD = 3
+"""Names that a line tells."""
 _SPEED, _EXTENT = ("faster", "slower"), ("smaller", "larger")
 _WORDS = {
     "latency": _SPEED,
@@ -305,3 +307,23 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif item is not None:
             rows.append((f"{prefix}{key}", str(item)))
     return rows
+
+
+def left_in_float(stage: StageReport) -> list[str]:
+    """Say which layers a stage left in float and why, a line for each reason.
+
+    What the recipe left out itself, and what a stage before has rounded, is not told.
+    """
+    if stage.verdict == "dropped":
+        return []
+    names: dict[str, list[str]] = {}
+    for facts in stage.facts.values():
+        left = facts.get("left_in_float") if isinstance(facts, Mapping) else None
+        for name, reason in left.items() if isinstance(left, Mapping) else ():
+            if reason not in ("excluded by layers", "quantized before"):
+                names.setdefault(str(reason), []).append(str(name))
+    lines = []
+    for reason, own in names.items():
+        more = f" and {len(own) - _TOLD} more" if len(own) > _TOLD else ""
+        lines.append(f"{', '.join(own[:_TOLD])}{more}: {reason}")
+    return lines

@@ -48,7 +48,7 @@ def choose(captured: fx.GraphModule, layers: Layers) -> tuple[list[str], dict[st
     check_patterns(layers, [*names, *embeddings(captured)])
     chosen, left = [], {}
     for name in names:
-        reason = why_not(modules[name])
+        reason = _why_not(modules[name])
         if reason is None and not layers.holds(name):
             reason = "excluded by layers"
         if reason is None:
@@ -66,6 +66,15 @@ def choose(captured: fx.GraphModule, layers: Layers) -> tuple[list[str], dict[st
         )
     )
     return chosen, left
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.RNNBase):
+        kind = type(layer).__name__
+        more = "; `dynamic` and `weight_only` have" if isinstance(layer, nn.LSTM) else ""
+        more = more or ("; `weight_only` stores it in 8 bits" if isinstance(layer, nn.GRU) else "")
+        return f"{kind}, for which there are no static integers{more}"
+    return why_not(layer)
 
 
 def embeddings(captured: fx.GraphModule) -> list[str]:

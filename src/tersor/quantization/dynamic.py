@@ -23,7 +23,7 @@ class Dynamic:
     """Settings of dynamic quantization."""
 
     layers: Layers = Layers()
-    """Which linear layers and recurrent layers."""
+    """Which linear layers, LSTMs and embeddings."""
 
 
 @technique()
@@ -88,7 +88,8 @@ def _why_not(layer: nn.Module, target: Target) -> str | None:
     if isinstance(layer, QuantDynamicLSTM):
         return "quantized before"
     if isinstance(layer, nn.RNNBase):
-        return f"a {type(layer).__name__}, which no runtime here computes in integers"
+        more = "; `weight_only` stores it in 8 bits" if isinstance(layer, nn.GRU) else ""
+        return f"a {type(layer).__name__}, which no runtime here computes in integers{more}"
     if isinstance(layer, nn.modules.conv._ConvNd):
         return "a convolution; `static` quantizes it"
     return why_not(layer)

@@ -58,9 +58,9 @@ class Half:
         elif self.layers != Layers() and not runtimes[target.runtime].autocasts:
             able = [name for name, runtime in runtimes.items() if runtime.autocasts]
             raise TargetError(
-                f"{target} turns a network to {self.format} as a whole, so `layers` cannot be kept;"
-                f" leave it out, use one of the runtimes {', '.join(able)}, or mixed_precision"
-                " (int8)"
+                f"{target} turns a network to {self.format} as a whole, so `layers` has no meaning "
+                f"there. Leave `layers` out, or take one of the runtimes {', '.join(able)}, or the "
+                "step mixed_precision (int8)"
             )
 
     def of_weights(self, target: Target) -> bool:

@@ -45,8 +45,9 @@ class MixedPrecision:
     """Settings of mixed precision: `size`, `latency` or both, or `drop`; else `size: 0.2`."""
 
     size: float | None = None
-    """Most that the weights of the layers may take, packed, as a share of float32: 0.25 is 8 bits
-    each, 0.125 is 4."""
+    """Most that the weights of linear layers and convolutions may take, packed, as a share of
+    float32: 0.25 is 8 bits each, 0.125 is 4. Embeddings have 8 bits and do not count; recurrent
+    layers stay in float."""
     latency: float | None = None
     """Most that the network may take on the target, measured, as a share of the float network's
     latency. Layers stay in float while there is time."""

@@ -48,7 +48,7 @@ class WeightOnly:
     weight_range: Literal["max", "mse"] = "max"
     """Where a group's codes end: at its largest weight, or where the squared error is smallest."""
     layers: Layers = Layers()
-    """Which linear layers, convolutions, LSTMs and GRUs."""
+    """Which linear layers, convolutions, LSTMs, GRUs and embeddings."""
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size != -1 and self.group_size < 2:
