@@ -71,9 +71,8 @@ def choose(captured: fx.GraphModule, layers: Layers) -> tuple[list[str], dict[st
 def _why_not(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.RNNBase):
         kind = type(layer).__name__
-        more = "; `dynamic` and `weight_only` have" if isinstance(layer, nn.LSTM) else ""
-        more = more or ("; `weight_only` stores it in 8 bits" if isinstance(layer, nn.GRU) else "")
-        return f"{kind}, for which there are no static integers{more}"
+        more = {"LSTM": "; `dynamic` and `weight_only` do", "GRU": "; `weight_only` does"}
+        return f"{kind}: `static` rounds none{more.get(kind, '')}"
     return why_not(layer)
 
 
