@@ -201,10 +201,8 @@ class Trials:
                 if trial.state is None or not trial.decision.keep:
                     self._refused(idea.stage, trial)
                     continue
-                gain, reached = (
-                    _gain(trial, self.goal.best, start.state),
-                    self._reached(trial.state),
-                )
+                gain = _gain(trial, self.goal.best, start.state)
+                reached = self._reached(trial.state)
                 gains[number] = gain
                 made = _suggestion(idea, idea.stage, gain, trial, SPREAD)
                 found.append((reached, gain * start.gain, made))

@@ -109,6 +109,13 @@ def test_a_file_for_onnxruntime_holds_no_float_table(tmp_path: Path) -> None:
     assert max(int(np.prod(i.dims)) for i in floats) == TOKENS.shape[1] * 16
 
 
+def test_scales_are_powers_of_two_where_all_are_to_be(tmp_path: Path) -> None:
+    made, _ = applied(Reader().eval(), "static", tmp_path, power_of_two=True, symmetric=True)
+    scale = made.get_submodule("table").scale
+    assert isinstance(scale, Tensor)
+    assert torch.equal(scale.log2(), scale.log2().round())
+
+
 def test_patterns_leave_them_and_must_fit(tmp_path: Path) -> None:
     net = Reader().eval()
     made, context = applied(net, "static", tmp_path, layers=Layers(patterns=("!table",)))

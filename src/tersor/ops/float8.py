@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor.ops.modules import QUANTIZED, rows
+from tersor.ops.modules import QUANTIZED, not_float32, rows
 
 # O output channels, I weights of one
 
@@ -115,8 +115,8 @@ def why_not_float8(layer: nn.Module) -> str | None:
     if type(layer) not in _KINDS:
         return f"{type(layer).__name__} has no form with 8-bit floating point here"
     assert isinstance(layer.weight, Tensor)
-    if layer.weight.dtype is not torch.float32:
-        return f"its weights are {str(layer.weight.dtype).removeprefix('torch.')}"
+    if reason := not_float32(layer.weight):
+        return reason
     if isinstance(layer, _Convolution) and layer.padding_mode != "zeros":
         return f"padding mode {layer.padding_mode!r}"
     return None

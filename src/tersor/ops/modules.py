@@ -370,13 +370,20 @@ def why_not(layer: nn.Module) -> str | None:
     if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear):
         return f"{type(layer).__name__} has no integer form here"
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-    if layer.weight.dtype is not torch.float32:
-        return f"its weights are {str(layer.weight.dtype).removeprefix('torch.')}"
+    if reason := not_float32(layer.weight):
+        return reason
     if not isinstance(layer, nn.Linear) and layer.padding_mode != "zeros":
         return f"padding mode {layer.padding_mode!r}"
     if isinstance(layer, nn.ConvTranspose2d) and layer.groups != 1:
         return "a transposed convolution with groups"
     return None
+
+
+def not_float32(weight: Tensor) -> str | None:
+    """Say what weights are instead of float32, or None."""
+    if weight.dtype is torch.float32:
+        return None
+    return f"its weights are {str(weight.dtype).removeprefix('torch.')}"
 
 
 def check_patterns(layers: Layers, names: list[str]) -> None:
@@ -446,15 +453,19 @@ def quantized(layer: nn.Module, scale_O: Tensor, bits: int = 8) -> nn.Module:
     return made.train(layer.training)
 
 
-def quantized_embedding(layer: nn.Embedding) -> QuantEmbedding:
+def quantized_embedding(layer: nn.Embedding, *, power_of_two: bool = False) -> QuantEmbedding:
     """Return an embedding like `layer` with int8 rows.
+
+    Args:
+        layer: Its weights are float32.
+        power_of_two: Scales 2**n, the next one up.
 
     Raises:
         ValueError: a weight is NaN or infinite.
     """
     made = QuantEmbedding(layer.num_embeddings, layer.embedding_dim)
     rows_VD = layer.weight.detach()
-    scale_V = channel_scales(rows_VD)
+    scale_V = channel_scales(rows_VD, power_of_two=power_of_two)
     made.weight, made.scale = symmetric_codes(rows_VD, scale_V), scale_V[:, None]
     return made.eval()
 

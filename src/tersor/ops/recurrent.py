@@ -6,6 +6,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
 
+from tersor.ops.modules import not_float32
 from tersor.ops.quantize import channel_scales, symmetric_codes
 
 _OPS = torch.ops.quantized_decomposed
@@ -115,9 +116,7 @@ def why_not(layer: nn.Module) -> str | None:
         return "an LSTM with a projection"
     weight = layer.weight_ih_l0
     assert isinstance(weight, Tensor)
-    if weight.dtype is not torch.float32:
-        return f"its weights are {str(weight.dtype).removeprefix('torch.')}"
-    return None
+    return not_float32(weight)
 
 
 def rounded(layer: nn.LSTM | nn.GRU, *, clip: bool = False) -> RoundedRecurrent:

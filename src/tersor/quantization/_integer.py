@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,6 +21,7 @@ from tersor.ops.fold import find_batch_norms, fold_batch_norms
 from tersor.ops.modules import (
     Quantize,
     check_patterns,
+    not_float32,
     quantized,
     quantized_embedding,
     rows,
@@ -82,7 +82,9 @@ def embeddings(captured: fx.GraphModule) -> list[str]:
     return [n for n, m in captured.named_modules() if n in called and isinstance(m, nn.Embedding)]
 
 
-def round_embeddings(captured: fx.GraphModule, layers: Layers) -> tuple[list[str], dict[str, str]]:
+def round_embeddings(
+    captured: fx.GraphModule, layers: Layers, *, power_of_two: bool = False
+) -> tuple[list[str], dict[str, str]]:
     """Give embeddings int8 rows: a table is looked up, not multiplied, so this saves room only.
 
     Returns:
@@ -100,8 +102,8 @@ def round_embeddings(captured: fx.GraphModule, layers: Layers) -> tuple[list[str
             left[name] = "an embedding whose table is read elsewhere, too"
         elif layer.max_norm is not None:
             left[name] = "an embedding with max_norm"
-        elif layer.weight.dtype is not torch.float32:
-            left[name] = f"its weights are {str(layer.weight.dtype).removeprefix('torch.')}"
+        elif reason := not_float32(layer.weight):
+            left[name] = reason
         elif not layers.holds(name):
             left[name] = "excluded by layers"
         else:
@@ -111,9 +113,10 @@ def round_embeddings(captured: fx.GraphModule, layers: Layers) -> tuple[list[str
         layer = captured.get_submodule(name)
         assert isinstance(layer, nn.Embedding)
         try:
-            captured.set_submodule(name, quantized_embedding(layer))
+            made = quantized_embedding(layer, power_of_two=power_of_two)
         except ValueError as error:
             raise ModelError(f"layer {name!r} cannot be quantized: {error}") from error
+        captured.set_submodule(name, made)
     return done, left
 
 

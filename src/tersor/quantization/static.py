@@ -44,7 +44,7 @@ class Static:
     per_channel: bool = True
     """A scale for each output channel of the weights; else one for each layer."""
     float_ends: bool = False
-    """Leave the first and the last layer in float."""
+    """Leave the first and the last layer in float; embeddings do not count as layers here."""
     layers: Layers = Layers()
     """Which layers get integer weights."""
 
@@ -84,7 +84,7 @@ def static(net: nn.Module, config: Static, context: Context) -> nn.Module:
         chosen = [name for name in chosen if name not in ends]
         left.update(dict.fromkeys(sorted(ends), "first or last layer"))
     context.record(batch_norms_folded=folded)
-    tables, kept = round_embeddings(captured, config.layers)
+    tables, kept = round_embeddings(captured, config.layers, power_of_two=config.power_of_two)
     context.record(layers=len(chosen), embeddings=len(tables), left_in_float={**left, **kept})
     if not chosen:
         return captured
